@@ -1,0 +1,103 @@
+"""An allocation: one scheduler job that fills a slot of a deployment for one generation.
+
+A slot is one wanted replica, `<deployment>/<index>`; its generations are numbered from 1. What an allocation did is
+kept as events, so that accounting adds up later. `TRANSITIONS` is the machine; ENDED is its one end, with a cause.
+
+    SUBMITTED ──► STARTED ──► LOADING ──► WARM ──► DRAINING ──► ENDED
+        └────────────┴───────────┴─────────┴──────────────────► ENDED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from edif_hpc.errors import TransitionRefused
+
+
+class AllocationState(StrEnum):
+    """Where an allocation is in its life."""
+
+    SUBMITTED = "submitted"  #: handed to the scheduler
+    STARTED = "started"  #: its pilot has said hello
+    LOADING = "loading"  #: its worker loads the model
+    WARM = "warm"  #: model loaded and self-test passed
+    DRAINING = "draining"  #: takes no more leases
+    ENDED = "ended"
+
+
+_A = AllocationState
+
+TRANSITIONS: Mapping[AllocationState, frozenset[AllocationState]] = {
+    _A.SUBMITTED: frozenset({_A.STARTED, _A.ENDED}),
+    _A.STARTED: frozenset({_A.LOADING, _A.DRAINING, _A.ENDED}),
+    # A worker that died is started again in the same allocation, so WARM may go back to LOADING.
+    _A.LOADING: frozenset({_A.WARM, _A.DRAINING, _A.ENDED}),
+    _A.WARM: frozenset({_A.LOADING, _A.DRAINING, _A.ENDED}),
+    _A.DRAINING: frozenset({_A.ENDED}),
+    _A.ENDED: frozenset(),
+}
+
+
+def check_transition(allocation: str, old: AllocationState, new: AllocationState) -> None:
+    """Raise `TransitionRefused` unless the table lists `old → new`."""
+    if new not in TRANSITIONS[old]:
+        raise TransitionRefused(f"allocation {allocation} is {old}; it cannot become {new}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """One job of a scheduler that fills `slot` for `generation`."""
+
+    id: str
+    deployment: str
+    slot: int
+    generation: int
+    site: str
+    state: AllocationState
+    submitted_at: float
+    job_id: str | None = None  #: the scheduler's id, once known
+    node: str | None = None
+    warm_at: float | None = None
+    ended_at: float | None = None
+    cause: str | None = None  #: why it ended
+    detail: str = ""  #: what it does now, or its last words
+
+    @property
+    def name(self) -> str:
+        """The job name that marks it as ours."""
+        return f"edif-{self.deployment}-{self.slot}-{self.generation}-{self.id[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationEvent:
+    """One fact in the life of an allocation; `at` is wall clock."""
+
+    allocation: str
+    at: float
+    event: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PeerRole(StrEnum):
+    """What a peer on the ZeroMQ link is."""
+
+    WORKER = "worker"
+    PILOT = "pilot"
+    LAUNCHER = "launcher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A CURVE key that the relay knows, and whose it is. `key` is the public key in Z85."""
+
+    key: str
+    role: PeerRole
+    allocation: str
+    deployment: str
+    slot: int
+    generation: int
+    created_at: float
+    revoked_at: float | None = None

@@ -1,0 +1,145 @@
+"""A deployment: what an operator wants served, and which requests it serves.
+
+nnsight names a model by a key, `import.path.Class:{json}`. Two spellings of one model must meet in one deployment:
+`revision` null and "main" are the same, and the task in the key picks a pipeline over the same weights. The class in
+the key is imported by the engine, so only listed classes are let in (`ALLOWED_CLASSES`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edif_hpc.errors import InvalidInput, NotFound
+
+ALLOWED_CLASSES = frozenset({"nnsight.modeling.transformers.TransformersModel"})
+ALLOWED_ATTENTION = frozenset({"eager", "sdpa"})
+DEFAULT_TASK = "text-generation"
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKey:
+    """A model key taken apart. `revision` None stands for the default branch."""
+
+    import_path: str
+    repo_id: str
+    revision: str | None
+    task: str
+    trust_remote_code: bool = False
+
+    def render(self) -> str:
+        """The key as nnsight 0.8 writes it."""
+        body: dict[str, Any] = {"repo_id": self.repo_id, "revision": self.revision}
+        if self.trust_remote_code:
+            body["trust_remote_code"] = True
+        return f"{self.import_path}:{json.dumps(body | {'task': self.task})}"
+
+
+def parse_model_key(text: str) -> ModelKey:
+    """Take a client's model key apart; raise `InvalidInput` for a class outside the allow-list or a malformed key."""
+    import_path, _, suffix = text.partition(":")
+    if import_path not in ALLOWED_CLASSES:
+        raise InvalidInput(
+            f"the model class {import_path!r} is not served; use one of: {', '.join(sorted(ALLOWED_CLASSES))} "
+            "(nnsight's LanguageModel and VisionLanguageModel count as TransformersModel)"
+        )
+    try:
+        body = json.loads(suffix)
+        repo_id = body["repo_id"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidInput(f"the model key {text[:200]!r} is not class:json with a repo_id") from error
+    revision = body.get("revision")
+    task = body.get("task") or DEFAULT_TASK
+    trust = body.get("trust_remote_code", False)
+    if not (isinstance(repo_id, str) and isinstance(task, str) and isinstance(trust, bool)):
+        raise InvalidInput(f"the model key {text[:200]!r} has a field of the wrong type")
+    if revision is not None and not isinstance(revision, str):
+        raise InvalidInput(f"the revision in the model key must be a string or null, not {revision!r}")
+    return ModelKey(
+        import_path=import_path,
+        repo_id=repo_id,
+        revision=None if revision == "main" else revision,
+        task=task,
+        trust_remote_code=trust,
+    )
+
+
+def check_env(env: Mapping[str, Any]) -> None:
+    """Raise `InvalidInput` unless the envelope's env is within the allow-list."""
+    unknown = sorted(set(env) - {"attn_implementation", "peft"})
+    if unknown:
+        raise InvalidInput(f"env has {unknown}; this relay accepts attn_implementation")
+    attention = env.get("attn_implementation")
+    if attention is not None and attention not in ALLOWED_ATTENTION:
+        raise InvalidInput(
+            f"attn_implementation {attention!r} is not allowed; use one of: {', '.join(sorted(ALLOWED_ATTENTION))}"
+        )
+    if env.get("peft") is not None:
+        raise InvalidInput(f"the PEFT adapter {env['peft']!r} is not on this relay's allow-list (which is empty)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model with its revision, dtype, resources and the number of replicas wanted."""
+
+    name: str
+    repo_id: str
+    revision: str | None
+    task: str
+    dtype: str = "float32"
+    source: str | None = None  #: a local path or hub endpoint to load from, when not the Hub
+    trust_remote_code: bool = False
+    replicas: int = 1
+    device: str = "cpu"
+    executors: int = 1  #: requests that one worker runs at a time
+    isolation_floor: str = "process"  #: level below which a worker refuses to serve
+    created_at: float = 0.0
+
+    @property
+    def model_key(self) -> ModelKey:
+        """The key of this deployment's own task."""
+        return ModelKey(
+            import_path="nnsight.modeling.transformers.TransformersModel",
+            repo_id=self.repo_id,
+            revision=self.revision,
+            task=self.task,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def serves(self, key: ModelKey) -> bool:
+        """Whether a request with this key can run here."""
+        mine = self.model_key
+        return (key.repo_id.lower(), key.revision, key.task) == (mine.repo_id.lower(), mine.revision, mine.task) and (
+            self.trust_remote_code or not key.trust_remote_code
+        )
+
+
+def check_name(name: str) -> str:
+    """Return the name of a deployment, or raise `InvalidInput`: it becomes part of job names and paths."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"the name {name!r} must be 1-40 characters of a-z, 0-9 and '-', without '-' at its ends")
+    return name
+
+
+def default_name(repo_id: str) -> str:
+    """A deployment's name made from its repository."""
+    text = re.sub(r"[^a-z0-9]+", "-", repo_id.rpartition("/")[2].lower()).strip("-")[:40].strip("-")
+    return check_name(text or "model")
+
+
+def find_deployment(key: ModelKey, deployments: Iterable[Deployment]) -> Deployment:
+    """The deployment that serves `key`; raise `NotFound` that lists what is deployed."""
+    known = sorted(deployments, key=lambda each: each.name)
+    for each in known:
+        if each.serves(key):
+            return each
+    listing = ", ".join(
+        f"{d.repo_id} (task {d.task}" + (f", revision {d.revision})" if d.revision else ")") for d in known
+    )
+    asked = f"{key.repo_id} (task {key.task}" + (f", revision {key.revision})" if key.revision else ")")
+    raise NotFound(f"{asked} is not deployed here. Deployed: {listing or 'nothing yet'}.")

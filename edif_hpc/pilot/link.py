@@ -1,0 +1,84 @@
+"""The pilot's link to the relay: a greeting, heartbeats, reports about the worker, a goodbye.
+
+Nothing here must not be lost: a report that the relay misses only means that it learns of a dead worker by an expired
+lease. So the link sends what it can and greets anew whenever the relay does not know it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from edif_hpc.clock import Clock
+from edif_hpc.domain.lease import HEARTBEAT_S
+from edif_hpc.wire import codec
+from edif_hpc.wire import messages as m
+from edif_hpc.wire.session import SILENCE_BEATS, UNKNOWN_SESSION
+from edif_hpc.wire.sockets import Dealer, KeyPair, LinkEvent
+
+_log = logging.getLogger(__name__)
+
+
+class PilotLink:
+    """One pilot's connection. Made on a running loop."""
+
+    def __init__(self, *, endpoint: str, server_key: str, keys: KeyPair, clock: Clock) -> None:
+        self._clock = clock
+        self._nonce = secrets.token_hex(8)
+        self._refused = asyncio.Event()
+        self._heard_at = clock.monotonic()
+        self._dealer = Dealer(endpoint=endpoint, server_key=server_key, keys=keys, on_batch=self._received, on_event=self._saw)
+        self._hello()
+        self._beating = asyncio.create_task(self._beat(), name="pilot-beat")
+
+    @property
+    def refused(self) -> bool:
+        """Whether the relay no longer knows this allocation."""
+        return self._refused.is_set()
+
+    async def until_refused(self) -> None:
+        """Wait until the relay turns this pilot away."""
+        await self._refused.wait()
+
+    def report(self, event: str, detail: str) -> None:
+        """Tell the relay about the worker's process."""
+        self._send(m.Report(event=event, detail=detail[-8000:]))
+
+    async def goodbye(self, cause: str) -> None:
+        """Leave for good."""
+        self._beating.cancel()
+        self._send(m.Goodbye(cause=cause[:200]))
+        await self._dealer.close()
+
+    def _hello(self) -> None:
+        self._send(m.Hello(versions=sorted(m.SUPPORTED_VERSIONS), nonce=self._nonce, state="pilot"))
+
+    def _send(self, message: m.Message) -> None:
+        self._dealer.send(codec.encode(message))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self._clock.monotonic() - self._heard_at > SILENCE_BEATS * HEARTBEAT_S:
+                self._heard_at = self._clock.monotonic()
+                self._dealer.reconnect()
+                self._hello()
+            else:
+                self._send(m.Renew())
+
+    def _received(self, frames: list[bytes]) -> None:
+        self._heard_at = self._clock.monotonic()
+        for frame in frames:
+            message = codec.decode_from_relay(frame)
+            if isinstance(message, m.Refused):
+                if message.code == UNKNOWN_SESSION:
+                    self._hello()
+                else:
+                    _log.error("refused by the relay: %s", message.detail, extra={"event": "refused", "code": message.code})
+                    self._refused.set()
+
+    def _saw(self, event: LinkEvent, endpoint: str) -> None:
+        if event is LinkEvent.REFUSED:
+            _log.error("the relay refuses this pilot's key", extra={"event": "refused", "endpoint": endpoint})
+            self._refused.set()

@@ -1,0 +1,151 @@
+"""The pilot: our process on the host side of an allocation.
+
+It makes the keys on the node and registers them with the allocation's one-time join token, starts the worker, watches it,
+starts it again when it dies early, passes signals on as a drain, and tells the relay at once when the worker's process is
+gone, so that nobody waits for a lease to expire. What it did is in `exit.json`.
+
+If the pilot itself is killed, the kernel sends the worker SIGTERM: it finishes what runs and leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from edif_hpc.clock import Clock
+from edif_hpc.errors import LaunchError
+from edif_hpc.pilot.link import PilotLink
+from edif_hpc.pilot.restart import Restart, after_exit
+from edif_hpc.slurm.order import PilotOrder, WorkerOrder, write_order
+from edif_hpc.wire.sockets import KeyPair
+
+_log = logging.getLogger(__name__)
+
+_JOIN_TRIES = 8
+_KILL_AFTER_S = 60.0
+_TAIL_LINES = 40
+
+
+@dataclass(kw_only=True)
+class Pilot:
+    """One allocation's pilot."""
+
+    order: PilotOrder
+    clock: Clock
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+    _starts: int = 0
+
+    async def run(self) -> str:
+        """Serve until the worker has left; returns the cause."""
+        began = self.clock.monotonic()
+        scratch = Path(self.order.scratch)
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        worker_keys, pilot_keys = KeyPair.generate(), KeyPair.generate()
+        joined = await self._join(worker_keys.public, pilot_keys.public)
+        link = PilotLink(endpoint=joined["endpoint"], server_key=joined["server_key"], keys=pilot_keys, clock=self.clock)
+        order_file = scratch / "worker.order"
+        write_order(
+            order_file,
+            WorkerOrder(
+                name=self.order.name, endpoint=joined["endpoint"], server_key=joined["server_key"],
+                public_key=worker_keys.public, secret_key=worker_keys.secret, scratch=str(scratch / "worker"), engine=self.order.engine,
+            ),
+        )
+        try:
+            cause = await self._keep_alive(order_file, link)
+        finally:
+            order_file.unlink(missing_ok=True)
+        await link.goodbye(cause)
+        record = {"cause": cause, "seconds": round(self.clock.monotonic() - began, 1), "worker_starts": self._starts}
+        (scratch / "exit.json").write_text(json.dumps(record))
+        return cause
+
+    def stop(self) -> None:
+        """A signal: drain the worker, then leave."""
+        self._stop.set()
+
+    async def _join(self, worker_key: str, pilot_key: str) -> dict[str, Any]:
+        body = {"join_token": self.order.join_token, "worker_key": worker_key, "pilot_key": pilot_key, "node": os.uname().nodename}
+        seen = ""
+        async with httpx.AsyncClient(timeout=30.0) as http:
+            for attempt in range(_JOIN_TRIES):
+                try:
+                    response = await http.post(f"{self.order.relay_url}/api/join", json=body)
+                except httpx.HTTPError as error:
+                    seen = repr(error)
+                else:
+                    if response.is_success:
+                        return dict(response.json())
+                    seen = f"HTTP {response.status_code}: {response.text[:300]}"
+                    if response.is_client_error:
+                        break
+                await asyncio.sleep(min(30.0, 0.5 * 2**attempt))  # back off from a relay that is away
+        raise LaunchError(f"the relay at {self.order.relay_url} did not let this allocation join ({seen})")
+
+    async def _keep_alive(self, order_file: Path, link: PilotLink) -> str:
+        restart = Restart()
+        while True:
+            warm_since = self.clock.monotonic()
+            self._starts += 1
+            code = await self._run_worker(order_file, link)
+            lived_s = self.clock.monotonic() - warm_since
+            restart = after_exit(restart, code=code, lived_s=lived_s, stopping=self._stop.is_set() or link.refused)
+            _log.info("the worker ended", extra={"event": "worker_ended", "code": code, "next": restart.cause or "start again"})
+            if restart.cause:
+                return restart.cause
+            try:
+                await asyncio.wait_for(self._stop.wait(), timeout=restart.delay_s)
+            except TimeoutError:
+                continue
+            return "stopped"
+
+    async def _run_worker(self, order_file: Path, link: PilotLink) -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-u", "-m", "edif_hpc.worker.app", str(order_file), str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+        )
+        link.report("worker_started", f"pid {process.pid}")
+        reading = asyncio.create_task(self._read(process), name="read-worker")
+        ending = asyncio.create_task(self._end_on_stop(process, link), name="end-worker")
+        code = await process.wait()
+        ending.cancel()
+        await asyncio.gather(ending, reading, return_exceptions=True)
+        link.report("worker_exited", _describe(code, self._tail))
+        return code
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdout is None:
+            return
+        while line := await process.stdout.readline():
+            text = line.decode(errors="replace")
+            self._tail.append(text.rstrip())
+            sys.stdout.write(text)
+
+    async def _end_on_stop(self, process: asyncio.subprocess.Process, link: PilotLink) -> None:
+        waits = [asyncio.create_task(self._stop.wait()), asyncio.create_task(link.until_refused())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(asyncio.shield(process.wait()), timeout=_KILL_AFTER_S)
+        except TimeoutError:
+            _log.warning("the worker did not drain in time", extra={"event": "worker_killed"})
+            process.kill()
+        finally:
+            for each in waits:
+                each.cancel()
+
+
+def _describe(code: int, tail: deque[str]) -> str:
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return "\n".join([*tail, how])[-8000:]

@@ -1,0 +1,231 @@
+"""The relay's composition root: the one place where its parts are made and joined, and its main.
+
+    store ── writer ─┐
+    objects, blobs ──┼── fleet, board, leasing, broker ──┬── HTTP (nnsight clients, operators, signed links)
+    clock, secrets ──┘                                   └── worker gateway (ZeroMQ) ── scheduler
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.routing import BaseRoute
+
+from edif_hpc.clock import Clock, SystemClock
+from edif_hpc.domain.lease import LeaseClock
+from edif_hpc.domain.people import Role, Token, format_token, secret_hash
+from edif_hpc.errors import Conflict, SettingsError, StoreUnavailable
+from edif_hpc.failpoints import Failpoints
+from edif_hpc.objects.directory import BlobFolder, DirectoryStore
+from edif_hpc.objects.signing import Signer
+from edif_hpc.relay import http
+from edif_hpc.relay.accounts import Accounts
+from edif_hpc.relay.board import Board
+from edif_hpc.relay.broker import Broker
+from edif_hpc.relay.fleet import Fleet
+from edif_hpc.relay.leasing import Leasing
+from edif_hpc.relay.scheduler import Scheduler
+from edif_hpc.relay.sessions import Sessions
+from edif_hpc.relay.telling import Telling
+from edif_hpc.relay.worker_gateway import Rules, WorkerGateway
+from edif_hpc.settings import RelaySettings
+from edif_hpc.store.sqlite import SqliteStore
+from edif_hpc.store.writer import Writer
+from edif_hpc.telemetry import set_up_logging
+from edif_hpc.wire.sockets import KeyPair, Router
+
+_log = logging.getLogger(__name__)
+
+_RESULT_LINK_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDir:
+    """The files of a relay."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """The queue."""
+        return self.root / "queue.sqlite"
+
+    @property
+    def keys(self) -> Path:
+        """The CURVE key pair that workers know this relay by."""
+        return self.root / "relay.key"
+
+    @property
+    def link_secret(self) -> Path:
+        """What signs links."""
+        return self.root / "links.secret"
+
+
+def init_data_dir(settings: RelaySettings, *, operator_name: str) -> str:
+    """Make a relay's data directory with its keys, and its first operator token; returns the token's text.
+
+    Raises:
+        Conflict: there is a relay in this directory already.
+    """
+    data = DataDir(root=settings.data_dir)
+    if data.keys.exists():
+        raise Conflict(f"{data.root} holds a relay already; start it with `edif-hpc relay serve`, or choose another --data-dir")
+    try:
+        data.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        data.root.chmod(0o700)
+    except OSError as error:
+        raise StoreUnavailable(f"cannot make the data directory {data.root}: {error.strerror}; choose another --data-dir") from error
+    now, secret = SystemClock().wall(), secrets.token_urlsafe(32)
+    token = Token(id=secrets.token_hex(6), name=operator_name, role=Role.OPERATOR, secret_sha256=secret_hash(secret), created_at=now)
+    store = SqliteStore(data.database)
+    store.open()
+    try:
+        Writer(store).run(lambda opened: opened.add_token(token))
+    finally:
+        store.close()
+    data.link_secret.touch(mode=0o600)
+    data.link_secret.write_bytes(secrets.token_bytes(32))
+    KeyPair.generate().save(data.keys)
+    return format_token(token.id, secret)
+
+
+class Relay:
+    """One relay: made on a running loop by `start`, served by `run`."""
+
+    def __init__(self, settings: RelaySettings, *, clock: Clock | None = None, extra_routes: Sequence[BaseRoute] = ()) -> None:
+        self._settings, self._clock, self._routes = settings, clock or SystemClock(), extra_routes
+        self._failpoints = Failpoints.parse(settings.failpoints)
+        self._data = DataDir(root=settings.data_dir)
+        self._stopping = asyncio.Event()
+        self.server: http.Server
+        self.router: Router
+        self.fleet: Fleet
+        self.broker: Broker
+
+    async def run(self) -> None:
+        """Serve until `stop`; raises what made it impossible."""
+        settings, clock, failpoints = self._settings, self._clock, self._failpoints
+        keys, signer = self._secrets()
+        store = SqliteStore(self._data.database, failpoints)
+        store.open()
+        writer = Writer(store, failpoints)
+        try:
+            blobs = BlobFolder(settings.data_dir / "blobs")
+            objects = DirectoryStore(settings.data_dir / "results", signer=signer, clock=clock)
+            accounts = Accounts(read=store.tokens, writer=writer, clock=clock)
+            endpoint: dict[str, str] = {"server_key": keys.public}
+            self.fleet = Fleet(writer=writer, store=store, clock=clock, endpoint=endpoint)
+
+            def result_link(request_id: str, base_url: str) -> str:
+                return base_url + signer.link("GET", f"/results/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S)
+
+            telling = Telling(clock=clock, objects=objects, result_link=result_link, heartbeat_s=settings.heartbeat_s)
+            board = Board(fleet=self.fleet, telling=telling, objects=objects, blobs=blobs)
+            leasing = Leasing(
+                writer=writer, board=board, fleet=self.fleet, objects=objects, telling=telling, clock=clock,
+                leases=LeaseClock(lease_s=settings.lease_s), failpoints=failpoints,
+            )
+            self.broker = Broker(
+                writer=writer, store=store, board=board, leasing=leasing, fleet=self.fleet, objects=objects, blobs=blobs,
+                telling=telling, clock=clock, failpoints=failpoints,
+            )
+            accounts.restore()
+            self.fleet.restore()
+            self.broker.restore()
+            sessions = Sessions()
+            deps = http.Deps(
+                settings=settings, clock=clock, broker=self.broker, fleet=self.fleet, accounts=accounts, sessions=sessions,
+                blobs=blobs, objects=objects, signer=signer,
+            )
+            self.server = http.serve(http.build_app(deps, extra_routes=self._routes), settings)
+            rules = Rules(
+                lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s,
+                base_url=settings.worker_base_url or settings.public_url or self.server.url, part_bytes=objects.part_bytes,
+            )
+
+            def blob_link(request_id: str) -> str:
+                return signer.link("GET", f"/blobs/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S)
+
+            gateway = WorkerGateway(fleet=self.fleet, leasing=leasing, board=board, clock=clock, rules=rules, blob_link=blob_link)
+            self.fleet.attach(_Orders(gateway, self.broker))
+            leasing.attach(gateway)
+            self.broker.attach(gateway)
+            self.router = Router(bind=settings.worker_bind, keys=keys, known=gateway.known, on_batch=gateway.received)
+            gateway.attach(self.router)
+            endpoint["endpoint"] = settings.worker_endpoint or self.router.endpoint
+            scheduler = Scheduler(
+                broker=self.broker, leasing=leasing, board=board, fleet=self.fleet, gateway=gateway, objects=objects,
+                clock=clock, ws_grace_s=settings.ws_grace_s, retention_s=settings.result_retention_s,
+            )
+            writer.start()
+            await self._serve(writer, scheduler, board)
+        finally:
+            await writer.stop()
+            store.close()
+
+    def stop(self) -> None:
+        """End `run`. Requests stay queued, leases stay with their workers."""
+        self._stopping.set()
+
+    async def _serve(self, writer: Writer, scheduler: Scheduler, board: Board) -> None:
+        tasks = {
+            asyncio.create_task(self.server.run_until_stopped(), name="http"),
+            asyncio.create_task(scheduler.run(), name="scheduler"),
+            asyncio.create_task(self._stopping.wait(), name="stop"),
+        }
+        watched: set[asyncio.Future[object]] = {*tasks, writer.died}  # type: ignore[arg-type]
+        await self.server.ready.wait()
+        _log.info("serving %s, workers at %s", self.server.url, self.router.endpoint, extra={"event": "relay_ready", "url": self.server.url})
+        sys.stdout.write(f"relay ready: {self.server.url} (workers: {self.router.endpoint})\n")
+        sys.stdout.flush()
+        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        self.server.stop()
+        for task in tasks:
+            if task.get_name() != "http":
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await board.settle()
+        self.router.close()
+        for each in done:
+            if isinstance(each, asyncio.Task) and not each.cancelled() and each.exception() is not None:
+                raise each.exception() or StoreUnavailable("a part of the relay ended")
+        if writer.died.done():
+            raise StoreUnavailable(f"the store's writer died: {writer.died.result()}; the relay ends so that nothing is promised falsely")
+
+    def _secrets(self) -> tuple[KeyPair, Signer]:
+        if not self._data.keys.exists():
+            raise SettingsError(f"{self._data.root} holds no relay; make one with `edif-hpc relay init`")
+        return KeyPair.load(self._data.keys), Signer(secret=self._data.link_secret.read_bytes())
+
+
+class _Orders:
+    """The fleet's hands: the gateway and the broker."""
+
+    def __init__(self, gateway: WorkerGateway, broker: Broker) -> None:
+        self.drain_worker = gateway.drain_worker
+        self.forget_key = gateway.forget_key
+        self.end_waiting = broker.end_waiting
+        self.waiting = broker.waiting
+
+
+def serve(settings: RelaySettings, *, extra_routes: Sequence[BaseRoute] = ()) -> None:
+    """Run a relay until SIGTERM or SIGINT."""
+    set_up_logging(settings.log_level, process="relay")
+
+    async def main() -> None:
+        relay = Relay(settings, extra_routes=extra_routes)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, relay.stop)
+        await relay.run()
+
+    import uvloop  # noqa: PLC0415 - only a process that serves needs it
+
+    uvloop.run(main())

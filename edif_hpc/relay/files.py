@@ -1,0 +1,167 @@
+"""Bytes behind signed links: results out, parts of results in, and large request blobs for workers.
+
+A link is its own credential: it names one method and one path, and it expires. Downloads come from files in pieces of
+1 MiB, which on a loopback is several times as fast as the usual 64 KiB, and support `Range`, so that a broken download
+can go on. There is never a `Content-Encoding`: the bytes are already as the client wants them, and a client that
+undid it would lose its own compression.
+
+An uploaded part is written at its offset as it arrives; nothing of it is kept in memory but the current piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from edif_hpc.clock import Clock
+from edif_hpc.errors import InvalidInput, NotFound, TooLarge
+from edif_hpc.objects.directory import BlobFolder, DirectoryStore, disk_error
+from edif_hpc.objects.signing import Signer
+from edif_hpc.relay.uploads import to_the_end
+
+PIECE_BYTES = 1 << 20
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
+_MEDIA_TYPE = "application/octet-stream"
+
+
+class Broker(Protocol):
+    """What is needed of the broker."""
+
+    async def result_bytes(self, request_id: str) -> bytes | str:
+        """A result's bytes, or its key in the object store."""
+
+
+class Files:
+    """The routes of signed links."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        objects: DirectoryStore,
+        blobs: BlobFolder,
+        signer: Signer,
+        clock: Clock,
+    ) -> None:
+        self._broker, self._objects, self._blobs = broker, objects, blobs
+        self._signer, self._clock = signer, clock
+
+    def routes(self) -> list[BaseRoute]:
+        """For the application."""
+        return [
+            Route("/results/{id}", self.result),
+            Route("/objects/{key:path}", self.object),
+            Route("/blobs/{id}", self.blob),
+            Route("/uploads/{handle}/{number:int}", self.part, methods=["PUT"]),
+        ]
+
+    async def result(self, http: HttpRequest) -> Response:
+        """A request's result, from its row or from its file."""
+        self._check(http, "GET")
+        found = await self._broker.result_bytes(http.path_params["id"])
+        if isinstance(found, bytes):
+            return _piece_of(found, http.headers.get("range"))
+        return await _file(self._objects.path(found), f"the result of {http.path_params['id']}")
+
+    async def object(self, http: HttpRequest) -> Response:
+        """An object of the directory store."""
+        self._check(http, "GET")
+        key = http.path_params["key"]
+        return await _file(self._objects.path(key), f"the object {key}")
+
+    async def blob(self, http: HttpRequest) -> Response:
+        """A large request blob, for the worker that holds its lease."""
+        self._check(http, "GET")
+        request_id = http.path_params["id"]
+        return await _file(self._blobs.path(request_id), f"the blob of request {request_id}")
+
+    async def part(self, http: HttpRequest) -> Response:
+        """One part of a result, written at its offset; the answer's ETag is its MD5, as with S3."""
+        self._check(http, "PUT")
+        number = http.path_params["number"]
+        if number < 1:
+            raise InvalidInput(f"parts are counted from 1, not {number}")
+        path, offset = self._objects.part_path(http.path_params["handle"], number)
+        limit = self._objects.part_bytes
+        told = http.headers.get("content-length", "")
+        if told.isdecimal() and int(told) > limit:
+            raise TooLarge(f"the part has {told} bytes; a part has at most {limit}")
+        digest = await _write_at(http, path, offset, limit)
+        return Response(status_code=200, headers={"etag": f'"{digest}"'})
+
+    def _check(self, http: HttpRequest, method: str) -> None:
+        expires = http.query_params.get("expires", "")
+        signature = http.query_params.get("sig", "")
+        if not (expires.isascii() and expires.isdecimal() and signature.isascii()):
+            expires = signature = ""  # no link of ours looks like this
+        self._signer.check(method, http.url.path, expires, signature, self._clock.wall())
+
+
+class _BulkFile(FileResponse):
+    """A file in large pieces."""
+
+    chunk_size = PIECE_BYTES
+
+
+async def _file(path: Path, what: str) -> Response:
+    try:
+        found = await asyncio.to_thread(path.stat)
+    except FileNotFoundError:
+        raise NotFound(f"{what} is not there (any more)") from None
+    return _BulkFile(path, media_type=_MEDIA_TYPE, stat_result=found)
+
+
+def _piece_of(data: bytes, asked: str | None) -> Response:
+    """The bytes, or the one range of them that was asked for."""
+    headers = {"accept-ranges": "bytes"}
+    match = _RANGE.fullmatch(asked or "")
+    if match is None or match.group() == "bytes=-":
+        return Response(data, media_type=_MEDIA_TYPE, headers=headers)
+    first, last = match.groups()
+    start = int(first) if first else max(0, len(data) - int(last))
+    stop = min(len(data), int(last) + 1) if first and last else len(data)
+    if start >= stop:
+        return Response(status_code=416, headers={"content-range": f"bytes */{len(data)}"})
+    headers["content-range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+    return Response(data[start:stop], status_code=206, media_type=_MEDIA_TYPE, headers=headers)
+
+
+async def _write_at(http: HttpRequest, path: Path, offset: int, limit: int) -> str:
+    """Write the body at `offset` of the file; returns its MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    pending = bytearray()
+    written = 0
+
+    def write() -> None:
+        digest.update(pending)
+        rest, position = memoryview(pending), offset + written
+        while rest:
+            done = os.pwrite(fd, rest, position)
+            rest, position = rest[done:], position + done
+
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            async for chunk in http.stream():
+                pending += chunk
+                if written + len(pending) > limit:
+                    raise TooLarge(f"the part is larger than {limit} bytes")
+                if len(pending) >= PIECE_BYTES:
+                    await to_the_end(write)
+                    written += len(pending)
+                    pending = bytearray()
+            await to_the_end(write)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise disk_error(path.parent, error) from error
+    return digest.hexdigest()

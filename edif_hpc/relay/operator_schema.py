@@ -1,0 +1,111 @@
+"""The bodies that `/api` takes, and what it shows of requests and tokens.
+
+A body is strict: a field that does not exist is refused by name, because an operator who misspells `replicas` must not
+get one replica in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edif_hpc.domain.deployment import DEFAULT_TASK, Deployment, check_name, default_name
+from edif_hpc.domain.people import Role, Token
+from edif_hpc.domain.request import Request
+
+Text = Annotated[str, Meta(min_length=1, max_length=400)]
+Count = Annotated[int, Meta(ge=1, le=1000)]
+Key = Annotated[str, Meta(min_length=40, max_length=40)]  # a CURVE key in Z85
+
+
+class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A deployment as an operator asks for it."""
+
+    repo_id: Text
+    name: Text | None = None
+    revision: Text | None = None
+    task: Text = DEFAULT_TASK
+    dtype: Text = "float32"
+    source: Text | None = None
+    trust_remote_code: bool = False
+    replicas: Annotated[int, Meta(ge=0, le=1000)] = 1
+    device: Text = "cpu"
+    executors: Count = 1
+    isolation_floor: Text = "process"
+
+    def value(self) -> Deployment:
+        """As the domain has it; "main" is the default branch."""
+        fields = msgspec.structs.asdict(self)
+        fields["name"] = check_name(self.name) if self.name else default_name(self.repo_id)
+        fields["revision"] = None if self.revision == "main" else self.revision
+        return Deployment(**fields)
+
+
+class NewToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A token as an operator asks for it."""
+
+    name: str
+    role: Role = Role.RESEARCHER
+    expires_in_s: float | None = None
+    max_wall_s: float | None = None
+    queue_s: float | None = None
+    keep: bool = False
+
+
+class NewAllocations(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask for allocations of a deployment's free slots."""
+
+    deployment: Text
+    site: Text
+    slots: Count | None = None
+
+
+class Submitted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scheduler took an allocation."""
+
+    job_id: Text
+
+
+class Failed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An allocation never started, or it ended."""
+
+    cause: Text
+    detail: str = ""
+
+
+class Join(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A pilot registers the public keys that it made on its node."""
+
+    join_token: Text
+    worker_key: Key
+    pilot_key: Key
+    node: Text
+
+
+class Drain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to drain; neither means everything."""
+
+    deployment: Text | None = None
+    allocation: Text | None = None
+
+
+def request_view(request: Request) -> dict[str, Any]:
+    """A request without what is ours alone: who holds it, and its hash."""
+    hidden = {"holder", "blob_sha256"}
+    return {
+        each.name: getattr(request, each.name)
+        for each in dataclasses.fields(request)
+        if each.name not in hidden
+    }
+
+
+def token_view(token: Token) -> dict[str, Any]:
+    """A token without the hash of its secret."""
+    return {
+        each.name: getattr(token, each.name)
+        for each in dataclasses.fields(token)
+        if each.name != "secret_sha256"
+    }

@@ -1,0 +1,301 @@
+"""What an operator or a user may set, read once when a process starts.
+
+    flags  >  environment  >  file  >  defaults
+
+A settings class is a frozen dataclass; its fields are the settings, their comments the reference. Its section names the
+table of the TOML file and the prefix of the environment: `port` of the section `relay` is `[relay] port = 8710` in the
+file and `EDIF_RELAY_PORT` in the environment. A key that does not exist is refused by name, together with those that
+do, so a misspelt setting never goes unnoticed. Durations end in `_s`, sizes in `_bytes`.
+
+This module is the only one that reads the environment; everybody else is given a settings object, or a value of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from edif_hpc.errors import SettingsError
+
+SECTIONS = ("relay", "worker", "pilot", "launcher", "client")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DEFAULT_RELAY = "http://127.0.0.1:8710"
+
+_T = TypeVar("_T", bound="Settings")
+_YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """What all settings classes share: checks by unit, and a repr that hides secrets."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name.endswith(("_s", "_bytes")) and value is not None and value < 0:
+                raise SettingsError(
+                    f"{self.section}: {each.name} is {value}; it cannot be negative"
+                )
+            if isinstance(value, Path):
+                object.__setattr__(self, each.name, value.expanduser())
+
+    def __repr__(self) -> str:
+        parts = (
+            f"{each.name}={'***' if each.metadata.get('secret') else repr(getattr(self, each.name))}"
+            for each in dataclasses.fields(self)
+        )
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RelaySettings(Settings):
+    """Settings of the relay."""
+
+    section: ClassVar[str] = "relay"
+
+    data_dir: Path = Path(
+        "~/.local/state/edif-hpc"
+    )  #: folder of the queue, request blobs, results and keys
+    host: str = "127.0.0.1"  #: address that HTTP binds to
+    port: int = 8710  #: port of HTTP; 0 takes a free one
+    worker_bind: str = "tcp://127.0.0.1:8711"  #: ZeroMQ endpoint that workers and pilots connect to; port `*` takes a free one
+    worker_endpoint: str | None = (
+        None  #: the same as seen from the cluster, if it differs from what is bound
+    )
+    worker_base_url: str | None = (
+        None  #: the relay's HTTP address as seen from the cluster, for large blobs and results
+    )
+    public_url: str | None = (
+        None  #: the relay's HTTP address as researchers write it; None takes it from each request
+    )
+    behind_proxy: bool = False  #: a reverse proxy ends TLS and is the only way here; its forwarding headers are believed
+    tls_cert: Path | None = None  #: certificate chain in PEM, to end TLS here
+    tls_key: Path | None = None  #: private key of the certificate in PEM
+    max_request_bytes: int = 1 << 30  #: largest request a researcher may send
+    inline_result_bytes: int = 1 << 20  #: results up to this size travel and are stored inline
+    result_retention_s: float = 7 * 24 * 3600.0  #: how long results are kept
+    queue_s: float = 24 * 3600.0  #: how long a request may wait before it ends in an error
+    default_wall_s: float = 3600.0  #: how long a request may run, if it does not say
+    max_wall_s: float = (
+        24 * 3600.0
+    )  #: longest run that a request may ask for, if its token does not say
+    ws_grace_s: float = 60.0  #: how long a queued request outlives its client's connection
+    ws_ping_interval_s: float = (
+        20.0  #: pause between pings that keep researchers' connections open through NATs
+    )
+    poll_hold_s: float = 1.0  #: how long a repeated poll is held when nothing has changed
+    lease_s: float = 30.0  #: how long a worker may be silent before its requests go to another
+    heartbeat_s: float = 5.0  #: pause between the heartbeats of workers
+    failpoints: str = ""  #: for tests: where to kill, stop or raise
+    log_level: str = "info"  #: debug, info, warning or error
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"relay: port is {self.port}; it must be 0 to 65535")
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(
+                f"relay: log_level is {self.log_level!r}; use one of: {', '.join(LOG_LEVELS)}"
+            )
+        if self.default_wall_s > self.max_wall_s:
+            raise SettingsError(
+                f"relay: default_wall_s ({self.default_wall_s}) is above max_wall_s ({self.max_wall_s})"
+            )
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise SettingsError(
+                f"relay: lease_s ({self.lease_s}) must be at least two heartbeats ({self.heartbeat_s} s each), "
+                "or one lost message ends a lease"
+            )
+        for name in ("public_url", "worker_base_url"):
+            _strip_url(self, name)
+        self._check_exposure()
+
+    @property
+    def tls(self) -> bool:
+        """Whether TLS ends here."""
+        return self.tls_cert is not None
+
+    def _check_exposure(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("relay: tls_cert and tls_key belong together; set both or none")
+        if not (is_loopback(self.host) or self.tls or self.behind_proxy):
+            raise SettingsError(
+                f"relay: binding {self.host} without TLS would send API keys and code in the clear. Set tls_cert and "
+                "tls_key, or behind_proxy if a reverse proxy ends TLS, or bind 127.0.0.1 and use an SSH tunnel"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ClientSettings(Settings):
+    """Settings of the command line and of the researcher's package."""
+
+    section: ClassVar[str] = "client"
+
+    relay: str = DEFAULT_RELAY  #: the relay's address
+    token: str | None = field(
+        default=None, metadata={"secret": True}
+    )  #: the API key, `edif_<id>_<secret>`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _strip_url(self, "relay")
+
+
+def load(
+    cls: type[_T],
+    *,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> _T:
+    """Read the settings of one class.
+
+    Args:
+        cls: the settings class.
+        flags: what the command line said; None means "not said".
+        environ: the environment; None takes this process's own.
+        file: the TOML file; None takes `default_file`, which may be missing.
+    """
+    environ = os.environ if environ is None else environ
+    valid = {each.name for each in dataclasses.fields(cls)}
+    from_file = _read_file(cls.section, file, environ)
+    from_environment = _read_environment(cls.section, environ)
+    given = {name: value for name, value in flags.items() if value is not None}
+    values: dict[str, Any] = {}
+    for source, found in (
+        ("the file", from_file),
+        ("the environment", from_environment),
+        ("the flags", given),
+    ):
+        unknown = sorted(set(found) - valid)
+        if unknown:
+            raise SettingsError(
+                f"{cls.section}: {', '.join(unknown)} in {source} is no setting; valid are: {', '.join(sorted(valid))}"
+            )
+        values |= found
+    hints = typing.get_type_hints(cls)
+    return cls(
+        **{
+            name: _coerce(f"{cls.section}: {name}", value, hints[name])
+            for name, value in values.items()
+        }
+    )
+
+
+def load_client(
+    *, flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, file: Path | None = None
+) -> ClientSettings:
+    """Read `ClientSettings`, also from nnsight's own variables.
+
+    `NDIF_HOST` and `NDIF_API_KEY` count last and together, so that a token for one host is never sent to another.
+    """
+    environ = os.environ if environ is None else environ
+    told = {
+        name: environ[variable]
+        for name, variable in (("relay", "EDIF_RELAY"), ("token", "EDIF_TOKEN"))
+        if environ.get(variable)
+    }
+    told |= {name: value for name, value in flags.items() if value is not None}
+    in_file = _read_file(ClientSettings.section, file, environ)
+    if "relay" not in told | in_file and environ.get("NDIF_HOST"):
+        told["relay"] = environ["NDIF_HOST"]
+        if environ.get("NDIF_API_KEY"):
+            told.setdefault("token", environ["NDIF_API_KEY"])
+    return load(ClientSettings, flags=told, environ=environ, file=file)
+
+
+def default_file(environ: Mapping[str, str]) -> Path:
+    """Where the settings file is: `EDIF_CONFIG`, else below `XDG_CONFIG_HOME`, else below `~/.config`."""
+    if environ.get("EDIF_CONFIG"):
+        return Path(environ["EDIF_CONFIG"]).expanduser()
+    return (
+        Path(environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+        / "edif-hpc"
+        / "config.toml"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_file(section: str, file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    path = file or default_file(environ)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if file is None and not environ.get("EDIF_CONFIG"):
+            return {}
+        raise SettingsError(f"there is no settings file {path}") from None
+    except OSError as error:
+        raise SettingsError(
+            f"the settings file {path} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise SettingsError(f"the settings file {path} is not TOML: {error}") from error
+    unknown = sorted(set(content) - set(SECTIONS))
+    if unknown:
+        raise SettingsError(
+            f"{path} has {', '.join(unknown)}; its tables are: {', '.join(SECTIONS)}"
+        )
+    table = content.get(section, {})
+    if not isinstance(table, dict):
+        raise SettingsError(f"{section} in {path} must be a table, [{section}], not {table!r}")
+    return table
+
+
+def _read_environment(section: str, environ: Mapping[str, str]) -> dict[str, str]:
+    prefix = f"EDIF_{section.upper()}_"
+    return {
+        name.removeprefix(prefix).lower(): value
+        for name, value in environ.items()
+        if name.startswith(prefix)
+    }
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None or value == "":
+            return None
+        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    try:
+        return _convert(value, hint)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{name} is {value!r}; it must be of type {hint.__name__}") from None
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is bool and isinstance(value, str) and value.lower() in _YES | _NO:
+        return value.lower() in _YES
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind in (int, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        return kind(value)
+    raise TypeError
+
+
+def _strip_url(settings: Settings, name: str) -> None:
+    url = getattr(settings, name)
+    if url is None:
+        return
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError(
+            f"{settings.section}: {name} is {url!r}; it must start with http:// or https://"
+        )
+    object.__setattr__(settings, name, url.rstrip("/"))

@@ -1,0 +1,108 @@
+"""Tiny models, made on the spot.
+
+A test needs a causal language model with a tokenizer in the layout of the Hugging Face hub, but no
+network. So each builder here makes one from a configuration and a fixed seed: the same call writes
+the same weights on every machine with the same torch. The weights are random, the output is noise,
+and that is enough: what the tests compare is our execution against a plain local one.
+
+The tokenizer is a byte-level BPE trained on sources of the standard library: any text round-trips,
+and its single special token serves as begin, end and padding, within the vocabulary, so that
+transformers finds nothing to warn about.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+SEED = 20240229
+VOCABULARY = 1024
+POSITIONS = 512
+END_TOKEN = "<|end|>"  # noqa: S105 - a word of the vocabulary
+
+
+def build_tiny_gpt2(path: Path) -> Path:
+    """Write a 2-layer, 64-wide GPT-2 (about 0.2 M parameters) and its tokenizer to `path`."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config)
+
+
+def build_tiny_llama(path: Path) -> Path:
+    """Write a 2-layer, 64-wide Llama (rotary positions, grouped heads, tied) to `path`."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config)
+
+
+def gpt2_small_shape(path: Path) -> Path:
+    """Write a model of GPT-2 small's shape (124 M parameters, 500 MB) to `path`, for benches."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return _write(path, config)
+
+
+def _write(path: Path, config: PretrainedConfig) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([inspect.getsource(module) for module in (json, textwrap)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        model_max_length=POSITIONS,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+    )

@@ -1,0 +1,297 @@
+"""The only door to ZeroMQ: CURVE sockets on asyncio, for the relay (`Router`) and for its peers (`Dealer`).
+
+Three habits of libzmq shape this file. A socket's descriptor is edge-triggered: it says that *something* changed, so
+each wake-up reads until nothing is left, and looks again after each send. A refused CURVE handshake is silent: the
+application's socket sees nothing, so both sides read the socket monitor and turn its events into words. And a peer
+may set its own routing id to take another's messages: ids that the ROUTER did not make itself (first byte 0) are
+dropped, and who a peer is comes from the User-Id that ZAP attached to the message, its public key.
+
+Keys are Z85 text, 40 characters. One callback gets all messages of a wake-up at once, so that what they cause can
+share a commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import zmq
+import zmq.auth.asyncio
+import zmq.utils.monitor
+
+from edif_hpc.errors import SettingsError
+from edif_hpc.wire.codec import MAX_PEER_FRAME_BYTES, MAX_RELAY_FRAME_BYTES
+
+_log = logging.getLogger(__name__)
+
+ZAP_DOMAIN = "edif"
+_BATCH = 512
+_HWM = 4096
+_ZMTP_BEAT_MS = 10_000
+_KEEPALIVE_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPair:
+    """A CURVE key pair in Z85."""
+
+    public: str
+    secret: str
+
+    @classmethod
+    def generate(cls) -> KeyPair:
+        """A new pair from the OS's randomness."""
+        public, secret = zmq.curve_keypair()
+        return cls(public=public.decode(), secret=secret.decode())
+
+    @classmethod
+    def load(cls, path: Path) -> KeyPair:
+        """Read a pair that `save` wrote; refuses a file that others may read."""
+        if path.stat().st_mode & 0o077:
+            raise SettingsError(f"{path} holds a private key and others may read it; chmod 600 {path}")
+        public, _, secret = path.read_text().strip().partition(" ")
+        if len(public) != len(secret) or len(secret) != 40:
+            raise SettingsError(f"{path} is not a key file; make a new one with `edif-hpc relay init`")
+        return cls(public=public, secret=secret)
+
+    def save(self, path: Path) -> None:
+        """Write it for the owner alone."""
+        path.touch(mode=0o600)
+        path.write_text(f"{self.public} {self.secret}\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """One message as it came: `route` answers it, `key` is the public key of the peer that sent it."""
+
+    route: bytes
+    key: str
+    frame: bytes
+
+
+class LinkEvent(StrEnum):
+    """What the socket monitor saw of a connection."""
+
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    REFUSED = "refused"  #: ZAP turned the key away; libzmq does not try again
+    MISMATCH = "mismatch"  #: wrong server key, no CURVE, or not a ZeroMQ peer
+
+
+_EVENTS = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkEvent.CONNECTED,
+    zmq.EVENT_DISCONNECTED: LinkEvent.DISCONNECTED,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkEvent.REFUSED,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: LinkEvent.MISMATCH,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: LinkEvent.MISMATCH,
+}
+
+
+class _Pump:
+    """Reads one socket on the running loop, in batches."""
+
+    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[list[zmq.Frame]]], None]) -> None:
+        self._socket = socket
+        self._handle = handle
+        self._loop = asyncio.get_running_loop()
+        self._scheduled = False
+        self._closed = False
+        self._fd = socket.getsockopt(zmq.FD)
+        self._loop.add_reader(self._fd, self.drain)
+        self.again()
+
+    def drain(self) -> int:
+        """Hand over what has come; return how many messages that were."""
+        self._scheduled = False
+        if self._closed:
+            return 0
+        batch: list[list[zmq.Frame]] = []
+        while len(batch) < _BATCH:
+            try:
+                batch.append(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+            except zmq.Again:
+                break
+        if batch:
+            self._handle(batch)
+            self.again()
+        return len(batch)
+
+    def again(self) -> None:
+        """Look once more soon: a send may have swallowed the edge that announced a message."""
+        if not self._scheduled and not self._closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._scheduled = True
+            self._loop.call_soon(self.drain)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+
+
+def _monitor(socket: zmq.Socket[bytes], tell: Callable[[LinkEvent, str], None]) -> _Pump:
+    wanted = 0
+    for each in _EVENTS:
+        wanted |= each
+    watch: zmq.Socket[bytes] = socket.get_monitor_socket(wanted)
+
+    def handle(batch: list[list[zmq.Frame]]) -> None:
+        for frames in batch:
+            event = zmq.utils.monitor.parse_monitor_message([bytes(frame.buffer) for frame in frames])
+            kind = _EVENTS.get(event["event"])
+            if kind is not None:
+                tell(kind, event["endpoint"].decode(errors="replace"))
+
+    return _Pump(watch, handle)
+
+
+def _common(socket: zmq.Socket[bytes], limit_bytes: int) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, limit_bytes + 4096)
+    socket.setsockopt(zmq.SNDHWM, _HWM)
+    socket.setsockopt(zmq.RCVHWM, _HWM)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _ZMTP_BEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6 * _ZMTP_BEAT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)
+    socket.setsockopt(zmq.IPV6, 1)
+
+
+class _Allow:
+    """pyzmq's credentials provider: asks the gateway whether a public key is known."""
+
+    def __init__(self, known: Callable[[str], bool]) -> None:
+        self._known = known
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator for each handshake; `key` is Z85."""
+        return self._known(key.decode())
+
+
+class Router:
+    """The relay's socket: binds, lets known keys in, names the sender of each message."""
+
+    def __init__(self, *, bind: str, keys: KeyPair, known: Callable[[str], bool], on_batch: Callable[[list[Incoming]], None]) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
+        self._auth.start()
+        self._auth.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=_Allow(known))
+        self._socket = self._context.socket(zmq.ROUTER)
+        _common(self._socket, MAX_PEER_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in bind))
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+        self.refusals = 0
+        self._on_batch = on_batch
+        self._watch = _monitor(self._socket, self._saw)
+        try:
+            self._socket.bind(bind)
+        except zmq.ZMQError as error:
+            self.close()
+            raise SettingsError(f"cannot listen for workers on {bind}: {error}; choose another address or port") from error
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._pump = _Pump(self._socket, self._receive)
+
+    def send(self, route: bytes, frame: bytes) -> bool:
+        """Queue a message for a connection; False if it is gone or does not read."""
+        try:
+            self._socket.send_multipart((route, frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        self._pump.again()
+        return True
+
+    def drain(self) -> None:
+        """Hand over everything that lies unread in the socket, now."""
+        while self._pump.drain():
+            pass
+
+    def close(self) -> None:
+        """Close the socket and everything that watches it."""
+        if hasattr(self, "_pump"):
+            self._pump.close()
+        self._watch.close()
+        self._socket.disable_monitor()
+        self._socket.close()
+        self._auth.stop()
+        self._context.destroy(linger=0)
+
+    def _receive(self, batch: list[list[zmq.Frame]]) -> None:
+        incoming = []
+        for frames in batch:
+            route = bytes(frames[0].buffer)
+            if len(frames) != 2 or route[:1] != b"\0":
+                _log.warning("dropped a message", extra={"event": "wire_dropped", "frames": len(frames)})
+                continue
+            incoming.append(Incoming(route=route, key=str(frames[1].get("User-Id")), frame=bytes(frames[1].buffer)))
+        if incoming:
+            self._on_batch(incoming)
+
+    def _saw(self, event: LinkEvent, endpoint: str) -> None:
+        if event in (LinkEvent.REFUSED, LinkEvent.MISMATCH):
+            self.refusals += 1
+            _log.warning("a peer's handshake failed", extra={"event": "handshake_failed", "kind": str(event), "endpoint": endpoint})
+
+
+class Dealer:
+    """A peer's socket: dials the relay. `reconnect` makes a new connection, hence a new routing id."""
+
+    def __init__(
+        self, *, endpoint: str, server_key: str, keys: KeyPair, on_batch: Callable[[list[bytes]], None],
+        on_event: Callable[[LinkEvent, str], None],
+    ) -> None:
+        self._endpoint, self._server_key, self._keys = endpoint, server_key, keys
+        self._on_batch, self._on_event = on_batch, on_event
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._open()
+
+    def send(self, frame: bytes) -> bool:
+        """Queue a message; False if the queue is full, that is, the relay has been away for long."""
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._pump.again()
+        return True
+
+    def reconnect(self) -> None:
+        """Drop the connection with all that is queued, and dial again."""
+        self._shut()
+        self._open()
+
+    async def close(self) -> None:
+        """Close after what is queued has left, for at most a second."""
+        self._pump.close()
+        self._watch.close()
+        self._socket.disable_monitor()
+        self._socket.close(linger=1000)
+        await asyncio.to_thread(self._context.term)
+
+    def _open(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        _common(self._socket, MAX_RELAY_FRAME_BYTES)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._server_key.encode())
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
+        self._watch = _monitor(self._socket, self._on_event)
+        self._socket.connect(self._endpoint)
+        self._pump = _Pump(self._socket, self._receive)
+
+    def _shut(self) -> None:
+        self._pump.close()
+        self._watch.close()
+        self._socket.disable_monitor()
+        self._socket.close(linger=0)
+
+    def _receive(self, batch: list[list[zmq.Frame]]) -> None:
+        self._on_batch([bytes(frames[0].buffer) for frames in batch if len(frames) == 1])

@@ -1,0 +1,95 @@
+"""The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID`."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edif_hpc.clock import SystemClock
+from edif_hpc.errors import EdifError
+from edif_hpc.failpoints import Failpoints
+from edif_hpc.slurm.order import EngineFacts, WorkerOrder, read_worker_order
+from edif_hpc.telemetry import set_up_logging
+from edif_hpc.wire.sockets import Dealer, KeyPair
+from edif_hpc.worker.engine.pool import Engine
+from edif_hpc.worker.engine.values import EngineSpec, Level
+from edif_hpc.worker.runtime import Exit, WorkerRuntime
+from edif_hpc.worker.transfer import Transfer
+
+_PR_SET_PDEATHSIG = 1
+
+
+def engine_spec(deployment: Mapping[str, Any], facts: EngineFacts, scratch: Path) -> EngineSpec:
+    """What the relay says to serve, with what the site says about where it runs."""
+    source = deployment["source"] or deployment["repo_id"]
+    return EngineSpec(
+        model_key=deployment["model_key"],
+        source=source,
+        revision=deployment["revision"],
+        dtype=deployment["dtype"],
+        device=deployment["device"],
+        threads=facts.threads or len(os.sched_getaffinity(0)),
+        ready=facts.ready,
+        scratch=scratch / "engine",
+        floor=Level(deployment["isolation_floor"]),
+        ceiling=Level(facts.isolation_ceiling),
+        hub_endpoint=facts.hub_endpoint,
+        hub_cache=Path(facts.hub_cache) if facts.hub_cache else None,
+        hub_token=facts.hub_token,
+    )
+
+
+async def _serve(order: WorkerOrder) -> Exit:
+    scratch = Path(order.scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True, mode=0o700)
+    runtime = WorkerRuntime(
+        make_engine=lambda deployment: Engine(engine_spec(deployment, order.engine, scratch)),
+        transfer=Transfer(),
+        scratch=scratch,
+        clock=SystemClock(),
+        failpoints=Failpoints.parse(order.engine.failpoints),
+        nonce=secrets.token_hex(8),
+    )
+    dealer = Dealer(
+        endpoint=order.endpoint,
+        server_key=order.server_key,
+        keys=KeyPair(public=order.public_key, secret=order.secret_key),
+        on_batch=runtime.received,
+        on_event=runtime.saw,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        loop.add_signal_handler(number, runtime.drain, signal.Signals(number).name)
+    return await runtime.run(dealer)
+
+
+def main(argv: list[str]) -> int:
+    """Run one worker; the exit codes are `runtime.Exit`."""
+    _follow(int(argv[2]))
+    order = read_worker_order(Path(argv[1]))
+    set_up_logging(order.engine.log_level, process="worker")
+    try:
+        return int(asyncio.run(_serve(order)))
+    except EdifError as error:
+        sys.stderr.write(f"worker: {error}\n")
+        return 1
+
+
+def _follow(pilot: int) -> None:
+    """Be sent SIGTERM, that is drain, when the pilot dies; it may have died already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != pilot:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv))

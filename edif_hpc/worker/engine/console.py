@@ -1,0 +1,80 @@
+"""What the researcher's code prints, as LOG lines.
+
+Locally, `print`, `warnings.warn` and a library's logger all end on the terminal. To end at the client
+instead, they must hold on to one stream object whose other end can change: the zygote puts a `Console`
+in place of `sys.stdout` and `sys.stderr` before it imports anything, and an executor connects it.
+
+A line goes out as soon as it is complete. A loop that prints for ever must not flood the link: after
+the limit one last line says so, and the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+LINE_BYTES = 16 * 1024
+
+Send = Callable[[str], None]
+
+
+class Allowance:
+    """How much may still be printed, by both streams together."""
+
+    def __init__(self, send: Send, *, max_bytes: int, max_lines: int) -> None:
+        self._send = send
+        self._bytes, self._lines = max_bytes, max_lines
+        self._spent = False
+        self._limits = f"{max_lines} lines or {max_bytes} bytes"
+
+    def line(self, text: str) -> None:
+        """Send one line, or say once that there will be no more."""
+        if self._spent:
+            return
+        size = len(text.encode(errors="replace"))
+        if self._lines < 1 or size > self._bytes:
+            self._spent = True
+            self._send(f"[output cut: a request may print {self._limits}]")
+            return
+        self._bytes -= size
+        self._lines -= 1
+        self._send(text)
+
+
+class Console(io.TextIOBase):
+    """A text stream that hands on whole lines, to nobody until it is connected."""
+
+    def __init__(self) -> None:
+        self._line: Callable[[str], None] | None = None
+        self._rest = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding that code which asks will expect."""
+        return "utf-8"
+
+    def connect(self, line: Callable[[str], None] | None) -> None:
+        """From now on hand lines to `line`; what was begun before is forgotten."""
+        self._line, self._rest = line, ""
+
+    def writable(self) -> bool:
+        """Tell that this is a stream to write to."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Take text; hand on the lines that it completes."""
+        if self._line is None:
+            return len(text)
+        # A carriage return redraws a line (progress bars): only its last state is one.
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line.rsplit("\r", 1)[-1][:LINE_BYTES])
+        if len(self._rest) > LINE_BYTES:
+            self._rest = self._rest[-LINE_BYTES:]
+        return len(text)
+
+    def finish(self) -> None:
+        """Hand on a last line that no newline ended."""
+        if self._line is not None and self._rest:
+            self._line(self._rest.rsplit("\r", 1)[-1])
+        self._rest = ""

@@ -1,0 +1,184 @@
+"""The process that runs one request and is thrown away.
+
+It begins as a copy of the zygote. Before it says `Ready` it locks itself up (`jail`) and only then
+starts threads and computes: the self-test warms what a first forward sets up. Then it waits. When the
+request comes it takes a new random seed from the system, because all copies of the zygote would
+otherwise draw the same numbers; runs it; writes the result; says `Done` or `Broken`; and ends without
+running anything that the request may have left to be run at exit.
+
+The worker believes nothing that comes from here beyond its form: everything after the request has
+begun may be the researcher's doing.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import random
+import resource
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from nnsight.tracing.globals import BLOCKS, SOURCES
+
+from edif_hpc.errors import EdifError, NotPermitted, TooLarge
+from edif_hpc.worker.engine import fidelity, memory, saves
+from edif_hpc.worker.engine.console import Allowance, Console
+from edif_hpc.worker.engine.jail import Cell, Jail
+from edif_hpc.worker.engine.messages import TO_EXECUTOR, Broken, Done, Log, Ready, Run, Written
+from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, Channel
+from edif_hpc.worker.engine.values import INLINE_BYTES, FailureKind, Plain
+
+SOCKET_FD, RESULT_FD = 3, 4
+FIRST_FREE_FD, LAST_FD = 5, 1 << 20
+#: Kept back from the request, so that its failure for want of memory can still be told.
+RESERVE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    """What the zygote prepared and every executor inherits."""
+
+    model: Any
+    jail: Jail
+    threads: int
+    scratch: Path
+    readable: tuple[Path, ...]
+    selftest: bytes
+    consoles: tuple[Console, Console]
+
+
+def folder_of(scratch: Path, executor: int) -> Path:
+    """Return the folder that an executor may write in."""
+    return scratch / f"executor-{executor}"
+
+
+def main(house: House, executor: int, fds: Sequence[int]) -> NoReturn:
+    """Live the whole life of an executor; `fds` are its socket and its result's file."""
+    status = 1
+    try:
+        cell = Cell(folder=folder_of(house.scratch, executor), readable=house.readable)
+        steps = house.jail.enter(cell)
+        channel = _keep_only(fds)
+        torch.set_num_threads(house.threads)
+        _warm(house)
+        channel.send(Ready(steps=steps))
+        _serve(house, channel)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _keep_only(fds: Sequence[int]) -> Channel:
+    """Close every descriptor but this executor's own two; the standard ones lead nowhere."""
+    os.dup2(fds[0], SOCKET_FD)
+    os.dup2(fds[1], RESULT_FD)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nowhere, standard)
+    os.closerange(FIRST_FREE_FD, LAST_FD)
+    return Channel(
+        socket.socket(fileno=SOCKET_FD), accepts=TO_EXECUTOR, send_limit=FROM_EXECUTOR_BYTES
+    )
+
+
+def _warm(house: House) -> None:
+    """Run the self-test for its side effects, and forget that it ran."""
+    values = fidelity.execute(house.model, fidelity.unpack(house.selftest, compress=True))
+    store = saves.Store(-1, inline_bytes=1 << 40, max_bytes=1 << 40, report=lambda _: None)
+    saves.write(values, store, compress=True)
+    SOURCES.clear()
+    BLOCKS.clear()
+    linecache.clearcache()
+
+
+def _serve(house: House, channel: Channel) -> None:
+    message, fds = channel.receive()
+    if not isinstance(message, Run):
+        raise TypeError(f"an executor is sent {type(message).__name__} instead of Run")
+    began = monotonic()
+    seed = _reseed()
+    _limit(message)
+    allowance = Allowance(
+        lambda text: channel.send(Log(text=text)),
+        max_bytes=message.log_bytes,
+        max_lines=message.log_lines,
+    )
+    for console in house.consoles:
+        console.connect(allowance.line)
+    store = saves.Store(
+        RESULT_FD,
+        inline_bytes=INLINE_BYTES,
+        max_bytes=message.result_bytes,
+        report=lambda size: channel.send(Written(size=size)),
+    )
+    meta: dict[str, Plain] = {
+        "seed": seed,
+        "model_key": message.model_key,
+        "isolation": str(house.jail.layers.level),
+        "max_mem_by_gpu": {},
+    }
+    failure = _attempt(house, message, fds, store, meta)
+    for console in house.consoles:
+        console.finish()
+    meta["runtime_s"] = round(monotonic() - began, 6)
+    meta["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if failure is None:
+        channel.send(Done(inline=store.inline, size=store.size, meta=meta))
+    else:
+        channel.send(Broken(kind=str(failure[0]), message=failure[1], meta=meta))
+
+
+def _attempt(
+    house: House, run: Run, fds: Sequence[int], store: saves.Store, meta: dict[str, Plain]
+) -> tuple[FailureKind, str] | None:
+    """Run the request and write its result; return why it failed, if it did."""
+    try:
+        blob = run.blob if run.blob is not None else _read(fds[0])
+        payload = fidelity.unpack(blob, compress=run.compress)
+        fidelity.apply_env(house.model, run.env)
+        meta["attn_implementation"] = house.model.attn_implementation
+        meta["gradients"] = fidelity.wants_gradients(payload)
+        saves.write(fidelity.execute(house.model, payload), store, compress=run.compress)
+    except TooLarge as error:
+        return FailureKind.LIMIT, str(error)
+    except (NotPermitted, EdifError) as error:
+        return FailureKind.USER, str(error)
+    except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever the block raises is told
+        _release_reserve()
+        return fidelity.judge(error), fidelity.explain(error)
+    return None
+
+
+def _read(fd: int) -> bytes:
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def _reseed() -> int:
+    """Draw a seed from the system and set all generators by it."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the generator that researchers' code uses
+    torch.manual_seed(seed)
+    return seed
+
+
+def _limit(run: Run) -> None:
+    """Limit what the request may use of memory and disk."""
+    most = memory.data_bytes() + run.memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most + RESERVE_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.result_bytes, run.result_bytes))
+
+
+def _release_reserve() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    sys.stdout.flush()

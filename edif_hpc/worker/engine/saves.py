@@ -1,0 +1,226 @@
+"""From what a request saved to the bytes that its client loads.
+
+*Which values.* The client gets the names whose values were saved. Besides, a list, tuple, set or dict
+that the block captured and filled with saved values comes back too, since `acts.append(x.save())` works
+locally and the client knows no other way to see it.
+
+*How much.* A tensor drags its whole storage along when it is written, so one saved row would carry a
+whole activation. Views are therefore copied down to what was saved. Tensors that share a storage keep
+sharing it, unless that would carry more bytes than they have.
+
+*Two passes.* The client reads one zstd frame and needs the size in its header, so the result is written
+twice: counted into nothing, then streamed through the compressor. Neither holds it in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+import zstandard
+
+from edif_hpc.errors import TooLarge
+
+CONTAINER_DEPTH = 4
+COMPRESSION_LEVEL = 1
+PIECE_BYTES = 1024 * 1024
+REPORT_BYTES = 4 * 1024 * 1024
+
+
+def collect(scope: Mapping[str, Any], saved: set[int]) -> dict[str, Any]:
+    """Return the entries of `scope` that are saved, or that are containers holding something saved."""
+    return {name: value for name, value in scope.items() if _holds(value, saved, CONTAINER_DEPTH)}
+
+
+def _holds(value: Any, saved: set[int], depth: int) -> bool:
+    if id(value) in saved:
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, dict):
+        return any(_holds(item, saved, depth - 1) for item in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(_holds(item, saved, depth - 1) for item in value)
+    return False
+
+
+class Sink(Protocol):
+    """Where `torch.save` writes."""
+
+    def write(self, data: Any) -> int:
+        """Take bytes; return how many."""
+        ...
+
+    def flush(self) -> None:
+        """Do nothing, or hand on what is held."""
+        ...
+
+
+class Counter:
+    """A sink that only counts."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Take bytes; return how many."""
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
+class Store:
+    """Takes the final bytes: into memory while they are few, into the file from then on."""
+
+    def __init__(
+        self, fd: int, *, inline_bytes: int, max_bytes: int, report: Callable[[int], None]
+    ) -> None:
+        self._fd = fd
+        self._inline_bytes, self._max_bytes = inline_bytes, max_bytes
+        self._report = report
+        self._held: io.BytesIO | None = io.BytesIO()
+        self._reported = 0
+        self.size = 0
+
+    @property
+    def inline(self) -> bytes | None:
+        """All bytes, if they were few."""
+        return None if self._held is None else self._held.getvalue()
+
+    def write(self, data: Any) -> int:
+        """Take bytes; return how many.
+
+        Raises:
+            TooLarge: the result is above the limit.
+        """
+        view = memoryview(data).cast("B")
+        self.size += view.nbytes
+        if self.size > self._max_bytes:
+            raise TooLarge(
+                f"the result is larger than the {self._max_bytes} bytes that this request may return; "
+                "save less (slice before .save(), fewer layers or tokens, a smaller dtype), or ask "
+                "the operator for a higher limit"
+            )
+        if self._held is not None and self.size > self._inline_bytes:
+            self._to_file(self._held.getbuffer())
+            self._held = None
+        if self._held is not None:
+            self._held.write(view)
+        else:
+            self._to_file(view)
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: what is held is wanted as it is."""
+
+    def _to_file(self, view: memoryview) -> None:
+        while view:
+            view = view[os.write(self._fd, view) :]
+        if self.size - self._reported >= REPORT_BYTES:
+            self._reported = self.size
+            self._report(self.size)
+
+
+class Compressed:
+    """A sink that compresses on the way into a store, in pieces, as one frame of known size."""
+
+    def __init__(self, store: Store, size: int) -> None:
+        self._store = store
+        self._frame = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compressobj(size=size)
+
+    def write(self, data: Any) -> int:
+        """Take bytes; return how many."""
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, PIECE_BYTES):
+            self._store.write(self._frame.compress(view[start : start + PIECE_BYTES]))
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the frame ends with `finish`."""
+
+    def finish(self) -> None:
+        """End the frame; zstd refuses if the size was not the announced one."""
+        self._store.write(self._frame.flush())
+
+
+def write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
+    """Write the result into `store` as the client expects it."""
+    module = _pickling(_compact(saves))
+    if not compress:
+        _save(saves, store, module)
+        return
+    counter = Counter()
+    _save(saves, counter, module)
+    frame = Compressed(store, counter.size)
+    _save(saves, frame, module)
+    frame.finish()
+
+
+def _save(saves: dict[str, Any], sink: Sink, module: Any) -> None:
+    torch.save(saves, sink, pickle_module=module, pickle_protocol=4)  # type: ignore[arg-type]
+
+
+def _pickling(replaced: Mapping[int, torch.Tensor]) -> Any:
+    """Return what `torch.save` wants for a pickle module: one that writes replacements."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            other = replaced.get(id(obj)) if isinstance(obj, torch.Tensor) else None
+            return NotImplemented if other is None else other.__reduce_ex__(4)
+
+    return SimpleNamespace(Pickler=Pickler, __name__="pickle")
+
+
+def _compact(saves: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """Return, by id of the tensor, a smaller stand-in for each that drags more than it shows."""
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for tensor in _tensors(saves):
+        if _copyable(tensor):
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001
+    replaced: dict[int, torch.Tensor] = {}
+    for group in by_storage.values():
+        kept = group[0].untyped_storage().nbytes()
+        if sum(t.numel() * t.element_size() for t in group) < kept:
+            replaced |= {id(t): _copy(t) for t in group}
+    return replaced
+
+
+def _copyable(tensor: torch.Tensor) -> bool:
+    return type(tensor) in {torch.Tensor, torch.nn.Parameter} and tensor.layout is torch.strided
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    return copied.requires_grad_(tensor.requires_grad)
+
+
+def _tensors(saves: dict[str, Any]) -> list[torch.Tensor]:
+    """Return every tensor that writing `saves` would come across, however deep, each once."""
+    found: dict[int, torch.Tensor] = {}
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> str | None:
+            return "storage" if isinstance(obj, torch.UntypedStorage | torch.TypedStorage) else None
+
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, torch.Tensor):
+                found[id(obj)] = obj
+            return NotImplemented
+
+    Finder(_Nowhere(), protocol=4).dump(saves)
+    return list(found.values())
+
+
+class _Nowhere(io.RawIOBase):
+    def write(self, data: Any) -> int:
+        return len(data)

@@ -1,0 +1,188 @@
+"""One executor as the worker sees it: a socket, a process, a folder, a file for the result."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from edif_hpc.errors import RemoteProtocolError
+from edif_hpc.worker.engine.messages import (
+    FROM_EXECUTOR,
+    Broken,
+    Done,
+    Exited,
+    Log,
+    Ready,
+    Run,
+    Written,
+)
+from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel
+from edif_hpc.worker.engine.values import (
+    INLINE_BYTES,
+    Failed,
+    FailureKind,
+    Job,
+    Limits,
+    Outcome,
+    Saved,
+)
+
+#: An executor ends its own output with one line that says so; whoever sends more is not our code.
+_LOG_GRACE_LINES = 4
+_LOG_GRACE_BYTES = 1024
+
+
+class Seat:
+    """An executor from the order to fork it until nothing of it is left."""
+
+    def __init__(self, number: int, scratch: Path) -> None:
+        self.number = number
+        self.folder = scratch / f"executor-{number}"
+        self.result = scratch / f"result-{number}"
+        self.folder.mkdir(mode=0o700)
+        self.result_fd = os.open(
+            self.result, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        )
+        ours, theirs = socket.socketpair()
+        self.channel = AsyncChannel(
+            ours, accepts=FROM_EXECUTOR, receive_limit=FROM_EXECUTOR_BYTES
+        )
+        self.theirs = theirs
+        self.killed = False
+        self.exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
+        self._pidfd: int | None = None
+        self._keep_result = False
+
+    def forked(self, pidfd: int) -> None:
+        """Take the descriptor that stands for the process."""
+        self._pidfd = pidfd
+        if self.killed:
+            self.kill()
+
+    def handed_over(self) -> None:
+        """Close what only the executor needs."""
+        self.theirs.close()
+        os.close(self.result_fd)
+
+    def kill(self) -> None:
+        """End the process, now or as soon as it exists."""
+        self.killed = True
+        if self._pidfd is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def ready(self) -> list[str]:
+        """Wait until the executor can take a job; return the steps that confined it.
+
+        Raises:
+            RemoteProtocolError: it says something else.
+        """
+        message, _ = await self.channel.receive()
+        if not isinstance(message, Ready):
+            raise RemoteProtocolError(f"an executor begins with {type(message).__name__}")
+        return message.steps
+
+    async def run(
+        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
+    ) -> Outcome:
+        """Hand over the job and return how it ended, as the executor says.
+
+        Raises:
+            PeerClosed: the executor died without saying.
+            RemoteProtocolError: it said something that no executor of ours would.
+        """
+        await self._hand_over(job)
+        lines = job.limits.log_lines + _LOG_GRACE_LINES
+        space = job.limits.log_bytes + _LOG_GRACE_BYTES
+        while True:
+            message, _ = await self.channel.receive()
+            match message:
+                case Log(text=text):
+                    lines, space = lines - 1, space - len(text)
+                    if lines < 0 or space < 0:
+                        raise RemoteProtocolError("more output than the limit of the job")
+                    on_log(text)
+                    await asyncio.sleep(0)  # many lines at once must not hold up the loop
+                case Written(size=size):
+                    on_written(self.result, size)
+                    await asyncio.sleep(0)
+                case Done():
+                    return self._saved(message, job.limits)
+                case Broken(kind=kind, message=text, meta=meta):
+                    return Failed(kind=_kind(kind), message=text, meta=meta)
+                case _:
+                    raise RemoteProtocolError(f"{type(message).__name__} during a job")
+
+    async def _hand_over(self, job: Job) -> None:
+        inline = job.blob if isinstance(job.blob, bytes) and len(job.blob) <= INLINE_BYTES else None
+        run = Run(
+            blob=inline,
+            compress=job.compress,
+            env=dict(job.env),
+            model_key=job.model_key,
+            memory_bytes=job.limits.memory_bytes,
+            result_bytes=job.limits.result_bytes,
+            log_bytes=job.limits.log_bytes,
+            log_lines=job.limits.log_lines,
+        )
+        if inline is not None:
+            await self.channel.send(run)
+            return
+        fd = _opened(job.blob)
+        try:
+            await self.channel.send(run, [fd])
+        finally:
+            os.close(fd)
+
+    def _saved(self, done: Done, limits: Limits) -> Saved:
+        """Check what the executor claims against what is there."""
+        if done.inline is not None:
+            found = len(done.inline)
+        else:
+            found = self.result.stat().st_size
+            self._keep_result = True
+        if found != done.size or found > limits.result_bytes:
+            self._keep_result = False
+            raise RemoteProtocolError(f"a result of {found} bytes announced as {done.size}")
+        file = None if done.inline is not None else self.result
+        return Saved(inline=done.inline, file=file, size=found, meta=done.meta)
+
+    def clear(self) -> None:
+        """Remove what is left of an executor that was reaped."""
+        self.channel.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        if not self._keep_result:
+            self.result.unlink(missing_ok=True)
+        try:
+            self.folder.rmdir()
+        except OSError:
+            # What the code left may be a lot; the loop must not wait for it.
+            asyncio.get_running_loop().run_in_executor(
+                None, lambda: shutil.rmtree(self.folder, ignore_errors=True)
+            )
+
+
+def _kind(name: str) -> FailureKind:
+    """Take the executor's word for the kinds that only it can know."""
+    if name in {FailureKind.USER, FailureKind.OOM, FailureKind.LIMIT}:
+        return FailureKind(name)
+    raise RemoteProtocolError(f"an executor says it failed as {name!r:.40}")
+
+
+def _opened(blob: bytes | Path) -> int:
+    """Return a descriptor to read a blob from that is too large for a frame."""
+    if isinstance(blob, Path):
+        return os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.memfd_create("blob", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(blob)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd

@@ -1,0 +1,189 @@
+"""What goes into the engine and what comes out: plain values, known on both sides of every pipe.
+
+The *engine* is the part of a worker that runs researchers' code. It is three kinds of process:
+
+* the **worker** holds sockets and keys and never imports torch; it uses `pool.Engine` and this module;
+* the **zygote** holds the imports and the weights, and runs nobody's code;
+* an **executor** is forked from the zygote, locked up, used for one request, and thrown away.
+
+A `Job` is one attempt at one request, as the engine sees it. Its end is `Saved` (bytes that the client
+will load, never opened on this side) or `Failed` (a kind that code branches on, and a message for a
+person). The `Level` says how strong the walls around an executor are on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+MIB = 1024 * 1024
+
+#: A result of at most this many final bytes travels through the socket; a larger one lies in a file.
+INLINE_BYTES = MIB
+
+#: A plain value: what JSON can say. Meta is made of these, so no reader ever has to trust it.
+Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+
+
+class Level(StrEnum):
+    """How strongly an executor is walled in, strongest first; each is probed by trying it."""
+
+    #: Own user, mount, network, IPC and PID namespaces, Landlock, seccomp, limits.
+    FULL = "full"
+    #: Landlock, seccomp (threads but no processes) and limits.
+    NO_NAMESPACES = "no-namespaces"
+    #: A process of its own with limits. For people who may trust each other.
+    PROCESS = "process"
+
+    def reaches(self, floor: Level) -> bool:
+        """Whether this level is at least as strong as `floor`."""
+        order = list(Level)
+        return order.index(self) <= order.index(floor)
+
+
+class FailureKind(StrEnum):
+    """Why a job has no result; the client sees it as `meta.error.kind`."""
+
+    #: The researcher's code, or what it asked for, is at fault.
+    USER = "user"
+    #: The executor died.
+    CRASH = "crash"
+    #: Memory ran out.
+    OOM = "oom"
+    #: The wall time of the job was over.
+    TIMEOUT = "timeout"
+    #: Somebody called it off.
+    CANCELLED = "cancelled"
+    #: The result or the output is larger than allowed.
+    LIMIT = "limit"
+    #: Our fault: the zygote died, an executor could not be prepared.
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What to load and how to run it; fixed for the life of an engine."""
+
+    #: The client's key, `import.path.Class:{json}`; says the class and the task.
+    model_key: str
+    #: Where the weights come from: a hub repository, or a folder on this machine.
+    source: str
+    #: A pinned commit or a branch; `None` is the hub's default, or a local folder.
+    revision: str | None = None
+    #: A torch dtype by name, or `auto` for that of the checkpoint.
+    dtype: str = "auto"
+    device: str = "cpu"
+    #: Compute threads of one executor.
+    threads: int = 1
+    #: Executors held ready ahead of need.
+    ready: int = 2
+    #: A folder of the engine's own, on a disk; it is emptied at start.
+    scratch: Path
+    #: The engine refuses to start below this level.
+    floor: Level = Level.FULL
+    #: The strongest level to use, for machines where namespaces are against policy.
+    ceiling: Level = Level.FULL
+    hub_endpoint: str | None = None
+    hub_cache: Path | None = None
+    hub_token: str | None = None
+    #: How long loading may take before the engine is given up.
+    load_timeout_s: float = 3600.0
+    #: How long one executor may take to become ready.
+    ready_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one job may use."""
+
+    wall_s: float = 600.0
+    #: Memory beyond what an executor begins with.
+    memory_bytes: int = 8 * 1024 * MIB
+    #: The final bytes of the result (after compression, if any).
+    result_bytes: int = 2 * 1024 * MIB
+    log_bytes: int = MIB
+    log_lines: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One attempt at one request."""
+
+    request_id: str
+    attempt: int
+    #: The client's blob, or the file that holds it.
+    blob: bytes | Path
+    #: Whether the blob is compressed, and so whether the result must be.
+    compress: bool
+    #: The client's per-request settings of the model; checked against an allow-list.
+    env: Mapping[str, Plain] = field(default_factory=dict)
+    #: The key that the client named, echoed in meta.
+    model_key: str = ""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The job ended well: exactly one of `inline` and `file` holds the client's bytes.
+
+    The file lies in the engine's scratch; whoever receives this value deletes it when done.
+    """
+
+    inline: bytes | None
+    file: Path | None
+    size: int
+    meta: dict[str, Plain]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The job has no result. `message` is for the researcher and shown as it stands."""
+
+    kind: FailureKind
+    message: str
+    meta: dict[str, Plain]
+
+
+Outcome = Saved | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far loading is: a stage by name, and bytes where they are known."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """The level reached, the steps that make it, and why a stronger one was not to be had."""
+
+    level: Level
+    #: What an executor goes through before it is ready, in order.
+    steps: tuple[str, ...]
+    #: What could not be done here, with the error that was seen.
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What is loaded and how it is kept; goes to the relay, to `/env` and to `ps`."""
+
+    #: The commit that was loaded; `None` for a local folder.
+    commit: str | None
+    dtype: str
+    model_class: str
+    task: str | None
+    #: Names that requests may refer to instead of carrying, besides the modules.
+    persistent: tuple[str, ...]
+    attn_implementation: str | None
+    python_version: str
+    #: Versions by import name, as nnsight's `compare()` wants them.
+    packages: dict[str, str]
+    isolation: Isolation
+    weights_bytes: int
+    load_s: float

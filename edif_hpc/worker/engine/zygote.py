@@ -1,0 +1,186 @@
+"""The process that holds the imports and the weights, and forks executors.
+
+It is executed fresh, with an environment built for it and no descriptor but one, so that nothing of the
+worker's (keys, sockets) can be inherited by what it forks. It loads the model once and from then on does
+three things: forks an executor on order, reaps those that ended, and says so. No request reaches it, and
+it never computes: a child of a process that has computed with threads hangs in the thread library.
+
+It dies with the worker, and every executor dies with it.
+
+    python -m edif_hpc.worker.engine.zygote CONTROL_FD WORKER_PID
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from edif_hpc.errors import EdifError, EngineError
+from edif_hpc.worker.engine import jail as jails
+from edif_hpc.worker.engine.console import Console
+from edif_hpc.worker.engine.messages import (
+    TO_ZYGOTE,
+    Exited,
+    Fork,
+    Forked,
+    Load,
+    Loaded,
+    Loading,
+    Message,
+    Refused,
+)
+from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, Channel, PeerClosed
+from edif_hpc.worker.engine.values import Level
+
+if TYPE_CHECKING:
+    from edif_hpc.worker.engine.executor import House
+
+LAST_FD = 1 << 20
+
+
+def main(arguments: list[str]) -> int:
+    """Load, then serve until the worker closes the control socket."""
+    control_fd, worker_pid = int(arguments[0]), int(arguments[1])
+    os.closerange(3, control_fd)
+    os.closerange(control_fd + 1, LAST_FD)
+    channel = Channel(
+        socket.socket(fileno=control_fd), accepts=TO_ZYGOTE, send_limit=FROM_ZYGOTE_BYTES
+    )
+    try:
+        message, _ = channel.receive()
+        if not isinstance(message, Load):
+            raise EngineError(f"a zygote is sent {type(message).__name__} before Load")
+        house, loaded = _prepare(message, channel, worker_pid)
+        channel.send(loaded)
+        Zygote(house, channel).serve()
+    except PeerClosed:
+        return 0
+    except EdifError as error:
+        channel.send(Refused(code=error.code, message=str(error)))
+    except Exception as error:  # noqa: BLE001 - a process main: whatever stops it is reported
+        channel.send(Refused(code=EngineError.code, message=f"{type(error).__name__}: {error}"[:4000]))
+    return 1
+
+
+def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Loaded]:
+    """Go from a bare interpreter to a loaded model that is cheap and safe to fork."""
+    began = monotonic()
+    scratch = Path(load.scratch)
+    jails.follow(os.pidfd_open(worker_pid))
+    layers, missing = jails.probe(scratch, ceiling=Level(load.ceiling), floor=Level(load.floor))
+    jail = jails.Jail(layers)
+    consoles = Console(), Console()
+    report = _reporter(channel)
+    report("importing", 0, 0)
+    from edif_hpc.worker.engine import loading, memory, selftest, weights  # noqa: PLC0415 - heavy
+    from edif_hpc.worker.engine.executor import House  # noqa: PLC0415
+
+    loading.be_one_thread()
+    report("fetching", 0, 0)
+    source = loading.fetch(load, report)
+    report("loading", 0, 0)
+    model = loading.load_model(load, source)
+    holder: weights.Holder = weights.MemoryFile()
+    size = holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
+    blob = selftest.capture(model)
+    info = loading.describe(model, load, source)
+    jail.shut(scratch)
+    sys.stdout, sys.stderr = consoles
+    tempfile.tempdir = os.curdir
+    house = House(
+        model=model,
+        jail=jail,
+        threads=load.threads,
+        scratch=scratch,
+        readable=source.readable,
+        selftest=blob,
+        consoles=consoles,
+    )
+    memory.settle()
+    info |= {
+        "isolation": {
+            "level": str(layers.level),
+            "steps": [name for name, _ in jail.steps(jails.Cell(folder=scratch))],
+            "missing": list(missing),
+        },
+        "weights_bytes": size,
+        "load_s": round(monotonic() - began, 3),
+    }
+    return house, Loaded(info=info, selftest=blob)
+
+
+def _reporter(channel: Channel) -> Callable[[str, int, int], None]:
+    """Return what tells the worker how far loading is: each stage, and each hundredth of it."""
+    last: tuple[str, int] = ("", 0)
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        step = (stage, done * 100 // total if total else 0)
+        if step != last:
+            last = step
+            channel.send(Loading(stage=stage, done=done, total=total))
+
+    return report
+
+
+class Zygote:
+    """Forks on order and reaps; one loop, no thread."""
+
+    def __init__(self, house: House, channel: Channel) -> None:
+        self._house = house
+        self._channel = channel
+        #: By the descriptor that stands for the process: the executor's number and its pid.
+        self._alive: dict[int, tuple[int, int]] = {}
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+
+    def serve(self) -> None:
+        """Serve until the worker closes the control socket, which raises `PeerClosed`."""
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd in self._alive:
+                    self._reap(fd)
+                else:
+                    message, fds = self._channel.receive()
+                    self._order(message, fds)
+
+    def _order(self, message: Message, fds: list[int]) -> None:
+        if not isinstance(message, Fork) or len(fds) != 2:
+            raise EngineError(f"a zygote is sent {type(message).__name__} with {len(fds)} fds")
+        pid = self._house.jail.fork()
+        if pid == 0:
+            from edif_hpc.worker.engine import executor  # noqa: PLC0415 - the parent never needs it
+
+            executor.main(self._house, message.executor, fds)
+        for fd in fds:
+            os.close(fd)
+        pidfd = os.pidfd_open(pid)
+        self._alive[pidfd] = (message.executor, pid)
+        self._poll.register(pidfd, select.POLLIN)
+        self._channel.send(Forked(executor=message.executor, pid=pid), [pidfd])
+
+    def _reap(self, pidfd: int) -> None:
+        executor, pid = self._alive.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status, usage = os.wait4(pid, 0)
+        self._channel.send(
+            Exited(
+                executor=executor,
+                status=status,
+                cpu_s=usage.ru_utime + usage.ru_stime,
+                peak_rss_bytes=usage.ru_maxrss * 1024,
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

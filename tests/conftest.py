@@ -1,0 +1,80 @@
+"""What all tests share: a clean environment, tiers by folder, tiny models, a loopback hub.
+
+The folder below `tests/` names the tier, and the tier becomes a marker. Nothing here reaches the
+network: the hub's address points at a closed port unless a test asks for `loopback_hub`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from edif_hpc.testing.hub import serve_hub
+from edif_hpc.testing.models import build_tiny_gpt2, build_tiny_llama
+
+TESTS = Path(__file__).parent
+TIERS = ("unit", "contract", "model", "integration", "acceptance")
+FOREIGN = ("EDIF_", "HF_", "HUGGING_FACE_", "NDIF_", "NNSIGHT_", "SLURM_", "SBATCH_")
+CLOSED_PORT = "http://127.0.0.1:9"
+
+for variable in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[variable]
+os.environ["HF_ENDPOINT"] = CLOSED_PORT
+
+# A deadline per example would time the machine, which other work may share.
+hypothesis.settings.register_profile("edif", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("edif")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier; a test outside a tier's folder is a mistake."""
+    for item in items:
+        tier = item.path.relative_to(TESTS).parts[0]
+        if tier not in TIERS:
+            raise pytest.UsageError(f"{item.path} lies in none of tests/{{{','.join(TIERS)}}}")
+        item.add_marker(tier)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests run on asyncio, as our processes do."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny GPT-2; read only."""
+    return build_tiny_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama; read only."""
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def loopback_hub(tiny_gpt2: Path, tiny_llama: Path) -> Iterator[str]:
+    """The URL of a hub with `edif/tiny-gpt2`, `edif/tiny-llama` and the old name `tiny-gpt2`."""
+    repos = {"edif/tiny-gpt2": tiny_gpt2, "edif/tiny-llama": tiny_llama}
+    with serve_hub(repos, {"tiny-gpt2": "edif/tiny-gpt2"}) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def ordinary_user() -> list[str]:
+    """The start of a command line that runs as someone who is not root; empty if we are not."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["runuser", "-u", "nobody", "--"]
+    try_import = [*prefix, sys.executable, "-c", "import edif_hpc"]
+    attempt = subprocess.run(try_import, capture_output=True, text=True, check=False)
+    if attempt.returncode != 0:
+        pytest.skip(f"nobody cannot run {sys.executable}: {attempt.stderr.strip()[-200:]}")
+    return prefix
