@@ -63,41 +63,52 @@ class RelaySettings(Settings):
 
     section: ClassVar[str] = "relay"
 
-    data_dir: Path = Path(
-        "~/.local/state/edif-hpc"
-    )  #: folder of the queue, request blobs, results and keys
-    host: str = "127.0.0.1"  #: address that HTTP binds to
-    port: int = 8710  #: port of HTTP; 0 takes a free one
-    worker_bind: str = "tcp://127.0.0.1:8711"  #: ZeroMQ endpoint that workers and pilots connect to; port `*` takes a free one
-    worker_endpoint: str | None = (
-        None  #: the same as seen from the cluster, if it differs from what is bound
-    )
-    worker_base_url: str | None = (
-        None  #: the relay's HTTP address as seen from the cluster, for large blobs and results
-    )
-    public_url: str | None = (
-        None  #: the relay's HTTP address as researchers write it; None takes it from each request
-    )
-    behind_proxy: bool = False  #: a reverse proxy ends TLS and is the only way here; its forwarding headers are believed
-    tls_cert: Path | None = None  #: certificate chain in PEM, to end TLS here
-    tls_key: Path | None = None  #: private key of the certificate in PEM
-    max_request_bytes: int = 1 << 30  #: largest request a researcher may send
-    inline_result_bytes: int = 1 << 20  #: results up to this size travel and are stored inline
-    result_retention_s: float = 7 * 24 * 3600.0  #: how long results are kept
-    queue_s: float = 24 * 3600.0  #: how long a request may wait before it ends in an error
-    default_wall_s: float = 3600.0  #: how long a request may run, if it does not say
-    max_wall_s: float = (
-        24 * 3600.0
-    )  #: longest run that a request may ask for, if its token does not say
-    ws_grace_s: float = 60.0  #: how long a queued request outlives its client's connection
-    ws_ping_interval_s: float = (
-        20.0  #: pause between pings that keep researchers' connections open through NATs
-    )
-    poll_hold_s: float = 1.0  #: how long a repeated poll is held when nothing has changed
-    lease_s: float = 30.0  #: how long a worker may be silent before its requests go to another
-    heartbeat_s: float = 5.0  #: pause between the heartbeats of workers
-    failpoints: str = ""  #: for tests: where to kill, stop or raise
-    log_level: str = "info"  #: debug, info, warning or error
+    #: folder of the queue, request blobs, results and keys
+    data_dir: Path = Path("~/.local/state/edif-hpc")
+    #: address that HTTP binds to
+    host: str = "127.0.0.1"
+    #: port of HTTP; 0 takes a free one
+    port: int = 8710
+    #: ZeroMQ endpoint that workers and pilots connect to; `*` as its port takes a free one
+    worker_bind: str = "tcp://127.0.0.1:8711"
+    #: the same as seen from the cluster, if it differs from what is bound
+    worker_endpoint: str | None = None
+    #: the relay's HTTP address as seen from the cluster, for large blobs and results
+    worker_base_url: str | None = None
+    #: the relay's HTTP address as researchers write it; None takes it from each request
+    public_url: str | None = None
+    #: a reverse proxy ends TLS and is the only way here, so its forwarding headers are believed
+    behind_proxy: bool = False
+    #: certificate chain in PEM, to end TLS here
+    tls_cert: Path | None = None
+    #: private key of the certificate in PEM
+    tls_key: Path | None = None
+    #: largest request that a researcher may send
+    max_request_bytes: int = 1 << 30
+    #: results up to this size travel inline and lie in the queue's rows
+    inline_result_bytes: int = 1 << 20
+    #: how long results are kept
+    result_retention_s: float = 7 * 24 * 3600.0
+    #: how long a request may wait before it ends in an error, if its token does not say
+    queue_s: float = 24 * 3600.0
+    #: how long a request may run, if it does not say
+    default_wall_s: float = 3600.0
+    #: longest run that a request may ask for, if its token does not say
+    max_wall_s: float = 24 * 3600.0
+    #: how long a queued request outlives its client's connection
+    ws_grace_s: float = 60.0
+    #: pause between the pings that keep researchers' connections open through NATs
+    ws_ping_interval_s: float = 20.0
+    #: how long a repeated poll is held when nothing has changed
+    poll_hold_s: float = 1.0
+    #: how long a worker may be silent before its requests go to another
+    lease_s: float = 30.0
+    #: pause between the heartbeats of workers
+    heartbeat_s: float = 5.0
+    #: for tests: where to kill, stop or raise
+    failpoints: str = ""
+    #: debug, info, warning or error
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,10 +152,10 @@ class ClientSettings(Settings):
 
     section: ClassVar[str] = "client"
 
-    relay: str = DEFAULT_RELAY  #: the relay's address
-    token: str | None = field(
-        default=None, metadata={"secret": True}
-    )  #: the API key, `edif_<id>_<secret>`
+    #: the relay's address
+    relay: str = DEFAULT_RELAY
+    #: the API key, `edif_<id>_<secret>`
+    token: str | None = field(default=None, metadata={"secret": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()

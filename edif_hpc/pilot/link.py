@@ -14,8 +14,9 @@ from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import HEARTBEAT_S
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
-from edif_hpc.wire.session import SILENCE_BEATS, UNKNOWN_SESSION
+from edif_hpc.wire.session import SILENCE_BEATS
 from edif_hpc.wire.sockets import Dealer, KeyPair, LinkEvent
+from edif_hpc.wire.turns import UNKNOWN_SESSION
 
 _log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from edif_hpc.relay.leasing import Leasing
 from edif_hpc.store.base import Grant
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
-from edif_hpc.wire.session import UNKNOWN_SESSION, RelaySession, Turn
 from edif_hpc.wire.sockets import Incoming, Router
+from edif_hpc.wire.turns import UNKNOWN_SESSION, RelaySession, Turn
 
 _log = logging.getLogger(__name__)
 

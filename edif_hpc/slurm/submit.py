@@ -86,7 +86,22 @@ def _submit_local(spec: dict[str, str | int | None]) -> str:
     return str(executor.submit(enter, str(spec["order"])).job_id)
 
 
-if __name__ == "__main__":
-    sys.stdout.write(_submit_local(json.load(sys.stdin)))
-    sys.stdout.flush()
+def _main() -> None:
+    # What submitit starts inherits our descriptors and would keep the caller's pipes open: give it a log instead.
+    answer = os.fdopen(os.dup(1), "w")
+    spec = json.load(sys.stdin)
+    log = os.open(Path(spec["folder"]) / "submit.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    error = os.dup(2)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        answer.write(_submit_local(spec))
+    except BaseException as fault:
+        os.write(error, f"{type(fault).__name__}: {fault}\n".encode())
+        raise
+    answer.close()
     os._exit(0)  # submitit ends its jobs when their object dies; they are to live on
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,123 +1,39 @@
-"""Both ends of the wire protocol as state machines without I/O.
+"""The worker's end of the wire protocol as a state machine without I/O.
 
-`WorkerSession` is the worker's end: events in (a message came, an executor began, time passed), actions out (send
-this, run that, kill it, reconnect, leave). It owns the leases and what must be repeated: a `Done` until it is
-acknowledged, a `Hello` until it is welcomed. `worker.runtime` carries the actions out.
+Events in (a message came, an executor began, time passed), `actions` out (send this, run that, kill it, reconnect, leave).
+It owns the leases and what must be repeated: a `Done` until it is acknowledged, a `Hello` until it is welcomed.
+`worker.runtime` carries the actions out.
 
-`RelaySession` is the relay's end of one connection. It knows in which order messages may come and which role may
-send which; it decides nothing about requests.
+    GREETING ──Welcome──► OPEN ──drain──► DRAINING ──nothing held──► LEFT
+        ▲───── silence, Refused(unknown_session) ─────┘
 
-    worker   GREETING ──Welcome──► OPEN ──drain──► DRAINING ──nothing held──► LEFT
-                 ▲───── silence, Refused(unknown_session) ─────┘
-    relay    NEW ──Hello──► OPEN ──Goodbye──► GONE
-
-Time is an argument, in monotonic seconds.
+Time is an argument, in monotonic seconds. The relay's end is `turns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from edif_hpc.domain.allocation import PeerRole
 from edif_hpc.domain.lease import HEARTBEAT_S, LeaseEnd
-from edif_hpc.errors import LocalProtocolError, RemoteProtocolError
 from edif_hpc.wire import messages as m
+from edif_hpc.wire.actions import (
+    Action,
+    Draining,
+    Fatal,
+    Kill,
+    Leave,
+    Reconnect,
+    Run,
+    Send,
+    Settled,
+    UploadAgain,
+    Urls,
+    Welcomed,
+)
+from edif_hpc.wire.turns import UNKNOWN_SESSION
 
 SILENCE_BEATS = 4
-UNKNOWN_SESSION = "unknown_session"
-
-
-# -- actions -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Send:
-    """Put this message on the wire."""
-
-    message: m.Message
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Give this request to an executor as soon as one is free."""
-
-    grant: m.Grant
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kill:
-    """Stop this attempt if it runs, drop it if it waits, and report `killed` if `report`."""
-
-    request: str
-    attempt: int
-    reason: str
-    report: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Urls:
-    """Upload URLs that were asked for."""
-
-    parts: m.Parts
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadAgain:
-    """The relay lost sight of this result's upload; put it again, then report `finished`."""
-
-    done: m.Done
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settled:
-    """The relay has answered this attempt's `Done`; its files may go."""
-
-    request: str
-    attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Welcomed:
-    """The relay accepted this connection under these rules."""
-
-    welcome: m.Welcome
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draining:
-    """No more leases will come; finish what runs."""
-
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconnect:
-    """Drop the connection and make a new one: the relay is silent."""
-
-    silent_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leave:
-    """Everything is answered; end the process."""
-
-    cause: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fatal:
-    """The relay refuses this peer for good."""
-
-    code: str
-    detail: str
-
-
-Action = Send | Run | Kill | Urls | UploadAgain | Settled | Welcomed | Draining | Reconnect | Leave | Fatal
-
-
-# -- the worker's end ----------------------------------------------------------------------------------------------------
 
 
 class Link(StrEnum):
@@ -383,68 +299,3 @@ class WorkerSession:
             return []
         self.link = Link.LEFT
         return [Send(message=m.Goodbye(cause=self._drain)), Leave(cause=self._drain)]
-
-
-# -- the relay's end -------------------------------------------------------------------------------------------------------
-
-_WORKER_SAYS = (m.Hello, m.State, m.Pull, m.Started, m.Renew, m.Log, m.Need, m.Done, m.Return, m.Goodbye)
-_PILOT_SAYS = (m.Hello, m.State, m.Renew, m.Report, m.Goodbye)
-
-#: Which messages each role may send.
-MAY_SEND: Mapping[PeerRole, tuple[type[m.Message], ...]] = {
-    PeerRole.WORKER: _WORKER_SAYS,
-    PeerRole.PILOT: _PILOT_SAYS,
-    PeerRole.LAUNCHER: _PILOT_SAYS,
-}
-
-
-class Turn(StrEnum):
-    """The state of a connection at the relay."""
-
-    NEW = "new"
-    OPEN = "open"
-    GONE = "gone"
-
-
-@dataclass(kw_only=True)
-class RelaySession:
-    """The relay's end of one connection of one peer."""
-
-    role: PeerRole
-    turn: Turn = Turn.NEW
-    nonce: str = ""
-    version: int = 0
-    heard_at: float = 0.0
-
-    def admit(self, message: m.FromPeer, now: float) -> m.Refused | None:
-        """Check a message against role and turn; return the refusal to send, or None if it may pass.
-
-        Raises:
-            RemoteProtocolError: the role may not send this message, ever; the peer is at fault or hostile.
-        """
-        if not isinstance(message, MAY_SEND[self.role]):
-            raise RemoteProtocolError(f"a {self.role} may not send {type(message).__name__}")
-        self.heard_at = now
-        if isinstance(message, m.Hello):
-            return self._hello(message)
-        if self.turn is not Turn.OPEN:
-            return m.Refused(code=UNKNOWN_SESSION, detail=f"{type(message).__name__} before Hello; say Hello")
-        if isinstance(message, m.Goodbye):
-            self.turn = Turn.GONE
-        return None
-
-    def _hello(self, message: m.Hello) -> m.Refused | None:
-        common = m.SUPPORTED_VERSIONS & set(message.versions)
-        if not common:
-            return m.Refused(
-                code="protocol",
-                detail=f"the peer speaks protocol versions {message.versions}, this relay {sorted(m.SUPPORTED_VERSIONS)}; "
-                "install matching versions of edif-hpc on both sides",
-            )
-        self.turn, self.nonce, self.version = Turn.OPEN, message.nonce, max(common)
-        return None
-
-    def require_open(self) -> None:
-        """Raise unless the connection may be spoken to."""
-        if self.turn is not Turn.OPEN:
-            raise LocalProtocolError(f"the connection is {self.turn}; nothing may be sent on it")

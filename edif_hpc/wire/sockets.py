@@ -126,10 +126,12 @@ class _Pump:
             self._scheduled = True
             self._loop.call_soon(self.drain)
 
-    def close(self) -> None:
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Stop reading and close the socket; what is queued may still leave for `linger_ms`."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
+            self._socket.close(linger=linger_ms)
 
 
 def _monitor(socket: zmq.Socket[bytes], tell: Callable[[LinkEvent, str], None]) -> _Pump:
@@ -216,11 +218,10 @@ class Router:
 
     def close(self) -> None:
         """Close the socket and everything that watches it."""
+        self._socket.disable_monitor()
+        self._watch.close()
         if hasattr(self, "_pump"):
             self._pump.close()
-        self._watch.close()
-        self._socket.disable_monitor()
-        self._socket.close()
         self._auth.stop()
         self._context.destroy(linger=0)
 
@@ -269,10 +270,7 @@ class Dealer:
 
     async def close(self) -> None:
         """Close after what is queued has left, for at most a second."""
-        self._pump.close()
-        self._watch.close()
-        self._socket.disable_monitor()
-        self._socket.close(linger=1000)
+        self._shut(linger_ms=1000)
         await asyncio.to_thread(self._context.term)
 
     def _open(self) -> None:
@@ -287,11 +285,10 @@ class Dealer:
         self._socket.connect(self._endpoint)
         self._pump = _Pump(self._socket, self._receive)
 
-    def _shut(self) -> None:
-        self._pump.close()
-        self._watch.close()
+    def _shut(self, *, linger_ms: int = 0) -> None:
         self._socket.disable_monitor()
-        self._socket.close(linger=0)
+        self._watch.close()
+        self._pump.close(linger_ms=linger_ms)
 
     def _receive(self, batch: list[list[zmq.Frame]]) -> None:
         self._on_batch([bytes(frames[0].buffer) for frames in batch if len(frames) == 1])

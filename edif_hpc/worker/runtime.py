@@ -24,9 +24,10 @@ from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import FailureKind
 from edif_hpc.errors import EngineError, Unavailable
 from edif_hpc.failpoints import Failpoints
+from edif_hpc.wire import actions as a
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
-from edif_hpc.wire import session as s
+from edif_hpc.wire.session import Link, WorkerSession
 from edif_hpc.wire.sockets import LinkEvent
 from edif_hpc.worker.engine.values import EngineInfo, Failed, Job, Limits, Outcome, Progress, Saved
 from edif_hpc.worker.transfer import BlobDamaged, PartUrls, Transfer
@@ -94,7 +95,7 @@ class WorkerRuntime:
     clock: Clock
     failpoints: Failpoints
     nonce: str
-    _session: s.WorkerSession = field(init=False)
+    _session: WorkerSession = field(init=False)
     _wire: Wire | None = None
     _engine: Engine | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -109,7 +110,7 @@ class WorkerRuntime:
         loop = asyncio.get_running_loop()
         self._deployment = loop.create_future()
         self._exit = loop.create_future()
-        self._session = s.WorkerSession(nonce=self.nonce, window=0, executors=1)
+        self._session = WorkerSession(nonce=self.nonce, window=0, executors=1)
 
     async def run(self, wire: Wire) -> Exit:
         """Serve until drained, refused or broken."""
@@ -133,7 +134,7 @@ class WorkerRuntime:
     def drain(self, reason: str) -> None:
         """Signals and deadlines end here."""
         self._do(self._session.drain(reason))
-        if self._session.link is s.Link.GREETING and not self._session.held:
+        if self._session.link is Link.GREETING and not self._session.held:
             self._end(Exit.DRAINED)
 
     def received(self, frames: list[bytes]) -> None:
@@ -227,8 +228,8 @@ class WorkerRuntime:
         while self._session.holds(done.request, done.attempt):
             try:
                 parts = await self.transfer.upload(source, done.size, self._part_bytes, ask)
-            except* Unavailable as group:
-                _log.warning("a result is not up yet", extra={"event": "upload_retry", "request": done.request, "reason": str(group.exceptions[0])})
+            except Unavailable as error:
+                _log.warning("a result is not up yet", extra={"event": "upload_retry", "request": done.request, "reason": str(error)})
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._finish(m.Done(request=done.request, attempt=done.attempt, size=done.size, parts=parts, meta=done.meta))
@@ -254,37 +255,37 @@ class WorkerRuntime:
         self.failpoints.hit("worker.send.done.after")
 
     def _log(self, grant: m.Grant, text: str) -> None:
-        if self._session.link is not s.Link.GREETING:
+        if self._session.link is not Link.GREETING:
             for start in range(0, len(text), _LOG_TEXT // 4):
                 self._send(m.Log(request=grant.request, attempt=grant.attempt, text=text[start : start + _LOG_TEXT // 4]))
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
-    def _do(self, actions: list[s.Action]) -> None:
+    def _do(self, actions: list[a.Action]) -> None:
         for action in actions:
             match action:
-                case s.Send():
+                case a.Send():
                     self._send(action.message)
-                case s.Run():
+                case a.Run():
                     self._spawn(action.grant.request, action.grant.attempt, self._execute(action.grant))
-                case s.Kill():
+                case a.Kill():
                     self._kill(action)
-                case s.Urls():
+                case a.Urls():
                     self._arrived(action.parts)
-                case s.UploadAgain():
+                case a.UploadAgain():
                     source = self._files[action.done.request, action.done.attempt]
                     self._spawn(action.done.request, action.done.attempt, self._upload(action.done, source))
-                case s.Settled():
+                case a.Settled():
                     self._settled(action.request, action.attempt)
-                case s.Welcomed():
+                case a.Welcomed():
                     self._welcomed(action.welcome)
-                case s.Draining():
+                case a.Draining():
                     _log.info("draining", extra={"event": "draining", "reason": action.reason})
-                case s.Reconnect():
+                case a.Reconnect():
                     self._reconnect(action.silent_s)
-                case s.Leave():
+                case a.Leave():
                     self._end(Exit.DRAINED)
-                case s.Fatal():
+                case a.Fatal():
                     _log.error("refused by the relay: %s", action.detail, extra={"event": "refused", "code": action.code})
                     self._end(Exit.REFUSED)
 
@@ -303,7 +304,7 @@ class WorkerRuntime:
             _log.error("a request could not be run", exc_info=error, extra={"event": "run_failed", "request": request})
             self._do(self._session.returned(request, running.attempt, LeaseEnd.UNKNOWN, {"cause": repr(error)[:200]}))
 
-    def _kill(self, action: s.Kill) -> None:
+    def _kill(self, action: a.Kill) -> None:
         running = self._running.get(action.request)
         if running is not None and running.attempt == action.attempt:
             running.report = action.report
@@ -338,7 +339,7 @@ class WorkerRuntime:
 
     @property
     def _draining(self) -> bool:
-        return self._session.link in (s.Link.DRAINING, s.Link.LEFT)
+        return self._session.link in (Link.DRAINING, Link.LEFT)
 
     def _end(self, code: Exit) -> None:
         if not self._exit.done():

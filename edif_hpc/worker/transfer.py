@@ -84,8 +84,11 @@ class Transfer:
             for first in range(1, count + 1, 64):
                 wanted = await ask(first, min(64, count + 1 - first))
                 numbered = enumerate(wanted.urls, start=wanted.first)
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(put(number, url)) for number, url in numbered]
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        tasks = [group.create_task(put(number, url)) for number, url in numbered]
+                except ExceptionGroup as failed:
+                    raise failed.exceptions[0] from failed
                 parts += [task.result() for task in tasks]
         return parts
 

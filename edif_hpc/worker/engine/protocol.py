@@ -226,6 +226,7 @@ class AsyncChannel:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._sending = asyncio.Lock()
         self._decoder = Decoder(accepts, receive_limit)
         self._max_fds = max_fds
         self._fds: list[int] = []
@@ -237,13 +238,13 @@ class AsyncChannel:
             PeerClosed: nobody reads it.
         """
         frame = memoryview(encode(message, FROM_WORKER_BYTES))
-        try:
-            if fds:
-                await self._writable()
-                frame = frame[socket.send_fds(self._sock, [frame], list(fds)) :]
-            await asyncio.get_running_loop().sock_sendall(self._sock, frame)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise PeerClosed("the other end closed the socket") from error
+        async with self._sending:
+            try:
+                if fds:
+                    frame = frame[await self._send_fds(frame, fds) :]
+                await asyncio.get_running_loop().sock_sendall(self._sock, frame)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise PeerClosed("the other end closed the socket") from error
 
     async def receive(self) -> tuple[Message, list[int]]:
         """Wait for the next message and the descriptors that came beside it.
@@ -271,13 +272,18 @@ class AsyncChannel:
         self._fds = []
         self._sock.close()
 
+    async def _send_fds(self, frame: memoryview, fds: Sequence[int]) -> int:
+        """Send the descriptors and as much of the frame as goes with them."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return socket.send_fds(self._sock, [frame], list(fds))
+            except BlockingIOError:
+                await self._once(loop.add_writer, loop.remove_writer)
+
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         await self._once(loop.add_reader, loop.remove_reader)
-
-    async def _writable(self) -> None:
-        loop = asyncio.get_running_loop()
-        await self._once(loop.add_writer, loop.remove_writer)
 
     async def _once(self, add: Callable[..., Any], remove: Callable[..., Any]) -> None:
         """Wait until the callback that `add` installs is called."""

@@ -103,9 +103,7 @@ class FakeBroker:
         self.requests[request_id] = replace(
             self.requests[request_id],
             state=RequestState.COMPLETED,
-            result=ResultRef(
-                size_bytes=size_bytes, key=data if isinstance(data, str) else None
-            ),
+            result=ResultRef(size_bytes=size_bytes, key=data if isinstance(data, str) else None),
         )
         self.show(Update(request_id=request_id, status="COMPLETED"))
 

@@ -353,7 +353,10 @@ def test_headers(relay: Relay) -> None:
 def test_the_result_link_uses_the_address_the_client_used(
     start_relay: Callable[..., Relay],
 ) -> None:
-    for settings, expected in (({}, None), ({"public_url": "https://relay.example/"}, "https://relay.example")):
+    for settings, expected in (
+        ({}, None),
+        ({"public_url": "https://relay.example/"}, "https://relay.example"),
+    ):
         relay = start_relay(**settings)
         request_id = relay.post().json()["id"]
         relay.broker.complete(request_id, b"result", 6)
