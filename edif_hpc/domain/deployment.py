@@ -52,14 +52,18 @@ def parse_model_key(text: str) -> ModelKey:
         body = json.loads(suffix)
         repo_id = body["repo_id"]
     except (ValueError, TypeError, KeyError) as error:
-        raise InvalidInput(f"the model key {text[:200]!r} is not class:json with a repo_id") from error
+        raise InvalidInput(
+            f"the model key {text[:200]!r} is not class:json with a repo_id"
+        ) from error
     revision = body.get("revision")
     task = body.get("task") or DEFAULT_TASK
     trust = body.get("trust_remote_code", False)
     if not (isinstance(repo_id, str) and isinstance(task, str) and isinstance(trust, bool)):
         raise InvalidInput(f"the model key {text[:200]!r} has a field of the wrong type")
     if revision is not None and not isinstance(revision, str):
-        raise InvalidInput(f"the revision in the model key must be a string or null, not {revision!r}")
+        raise InvalidInput(
+            f"the revision in the model key must be a string or null, not {revision!r}"
+        )
     return ModelKey(
         import_path=import_path,
         repo_id=repo_id,
@@ -80,7 +84,9 @@ def check_env(env: Mapping[str, Any]) -> None:
             f"attn_implementation {attention!r} is not allowed; use one of: {', '.join(sorted(ALLOWED_ATTENTION))}"
         )
     if env.get("peft") is not None:
-        raise InvalidInput(f"the PEFT adapter {env['peft']!r} is not on this relay's allow-list (which is empty)")
+        raise InvalidInput(
+            f"the PEFT adapter {env['peft']!r} is not on this relay's allow-list (which is empty)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +120,27 @@ class Deployment:
     def serves(self, key: ModelKey) -> bool:
         """Whether a request with this key can run here."""
         mine = self.model_key
-        return (key.repo_id.lower(), key.revision, key.task) == (mine.repo_id.lower(), mine.revision, mine.task) and (
-            self.trust_remote_code or not key.trust_remote_code
-        )
+        return (key.repo_id.lower(), key.revision, key.task) == (
+            mine.repo_id.lower(),
+            mine.revision,
+            mine.task,
+        ) and (self.trust_remote_code or not key.trust_remote_code)
 
 
 def check_name(name: str) -> str:
     """Return the name of a deployment, or raise `InvalidInput`: it becomes part of job names and paths."""
     if not _NAME.fullmatch(name):
-        raise InvalidInput(f"the name {name!r} must be 1-40 characters of a-z, 0-9 and '-', without '-' at its ends")
+        raise InvalidInput(
+            f"the name {name!r} must be 1-40 characters of a-z, 0-9 and '-', without '-' at its ends"
+        )
     return name
 
 
 def default_name(repo_id: str) -> str:
     """A deployment's name made from its repository."""
-    text = re.sub(r"[^a-z0-9]+", "-", repo_id.rpartition("/")[2].lower()).strip("-")[:40].strip("-")
+    text = (
+        re.sub(r"[^a-z0-9]+", "-", repo_id.rpartition("/")[2].lower()).strip("-")[:40].strip("-")
+    )
     return check_name(text or "model")
 
 
@@ -139,7 +151,10 @@ def find_deployment(key: ModelKey, deployments: Iterable[Deployment]) -> Deploym
         if each.serves(key):
             return each
     listing = ", ".join(
-        f"{d.repo_id} (task {d.task}" + (f", revision {d.revision})" if d.revision else ")") for d in known
+        f"{d.repo_id} (task {d.task}" + (f", revision {d.revision})" if d.revision else ")")
+        for d in known
     )
-    asked = f"{key.repo_id} (task {key.task}" + (f", revision {key.revision})" if key.revision else ")")
+    asked = f"{key.repo_id} (task {key.task}" + (
+        f", revision {key.revision})" if key.revision else ")"
+    )
     raise NotFound(f"{asked} is not deployed here. Deployed: {listing or 'nothing yet'}.")

@@ -75,7 +75,9 @@ def choose_steal(seats: Iterable[Seat], prefetched: Iterable[Prefetched]) -> Pre
     idle = {seat.peer for seat in seats if seat.idle}
     if not idle:
         return None
-    candidates = [each for each in prefetched if each.holder not in idle and each.holder_busy_for_s > 0]
+    candidates = [
+        each for each in prefetched if each.holder not in idle and each.holder_busy_for_s > 0
+    ]
     return max(candidates, key=lambda each: each.holder_busy_for_s, default=None)
 
 
@@ -85,7 +87,9 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, list[tuple[int, str]]] = {}  # owner -> heap of (seq, id), with stale entries
+        self._lines: dict[
+            str, list[tuple[int, str]]
+        ] = {}  # owner -> heap of (seq, id), with stale entries
         self._waiting: dict[str, Waiting] = {}
         self._turns: dict[str, int] = {}  # owner -> turn in which they were served last
         self._turn = 0
@@ -102,7 +106,11 @@ class FairQueue:
 
     def pop(self) -> Waiting | None:
         """Take the next request out, and count the turn of its owner."""
-        heads = [(self._turns.get(owner, 0), *head, owner) for owner in list(self._lines) if (head := self._head(owner))]
+        heads = [
+            (self._turns.get(owner, 0), *head, owner)
+            for owner in list(self._lines)
+            if (head := self._head(owner))
+        ]
         if not heads:
             return None
         _, _, request_id, owner = min(heads)

@@ -38,7 +38,9 @@ class LeaseEnd(StrEnum):
     UNKNOWN = "unknown"
 
 
-_SPENDS = frozenset({LeaseEnd.EXECUTOR_CRASH, LeaseEnd.OOM, LeaseEnd.WORKER_LOST, LeaseEnd.UNKNOWN})
+_SPENDS = frozenset(
+    {LeaseEnd.EXECUTOR_CRASH, LeaseEnd.OOM, LeaseEnd.WORKER_LOST, LeaseEnd.UNKNOWN}
+)
 
 
 def spends_budget(end: LeaseEnd) -> bool:
@@ -46,7 +48,9 @@ def spends_budget(end: LeaseEnd) -> bool:
     return end in _SPENDS
 
 
-def verdict(*, crashes: int, end: LeaseEnd, workers_killed: int, evidence: Mapping[str, str]) -> Failure | None:
+def verdict(
+    *, crashes: int, end: LeaseEnd, workers_killed: int, evidence: Mapping[str, str]
+) -> Failure | None:
     """What follows for the request: None puts it back at the head of its user's line, a `Failure` ends it.
 
     Args:

@@ -64,11 +64,17 @@ def check_token(token: Token | None, secret: str, now: float) -> Token:
     """Return the token if the secret is its own and it is in force; raise `NotAuthenticated` with the reason."""
     expected = token.secret_sha256 if token is not None else "0" * 64
     if not hmac.compare_digest(expected, secret_hash(secret)) or token is None:
-        raise NotAuthenticated("the API key is unknown; check NDIF_API_KEY, or ask the operator for a new one")
+        raise NotAuthenticated(
+            "the API key is unknown; check NDIF_API_KEY, or ask the operator for a new one"
+        )
     if token.revoked_at is not None:
-        raise NotAuthenticated(f"the API key {token.id} ({token.name}) was revoked; ask the operator for a new one")
+        raise NotAuthenticated(
+            f"the API key {token.id} ({token.name}) was revoked; ask the operator for a new one"
+        )
     if token.expires_at is not None and token.expires_at <= now:
-        raise NotAuthenticated(f"the API key {token.id} ({token.name}) has expired; ask the operator for a new one")
+        raise NotAuthenticated(
+            f"the API key {token.id} ({token.name}) has expired; ask the operator for a new one"
+        )
     return token
 
 

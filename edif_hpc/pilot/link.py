@@ -29,7 +29,13 @@ class PilotLink:
         self._nonce = secrets.token_hex(8)
         self._refused = asyncio.Event()
         self._heard_at = clock.monotonic()
-        self._dealer = Dealer(endpoint=endpoint, server_key=server_key, keys=keys, on_batch=self._received, on_event=self._saw)
+        self._dealer = Dealer(
+            endpoint=endpoint,
+            server_key=server_key,
+            keys=keys,
+            on_batch=self._received,
+            on_event=self._saw,
+        )
         self._hello()
         self._beating = asyncio.create_task(self._beat(), name="pilot-beat")
 
@@ -53,7 +59,9 @@ class PilotLink:
         await self._dealer.close()
 
     def _hello(self) -> None:
-        self._send(m.Hello(versions=sorted(m.SUPPORTED_VERSIONS), nonce=self._nonce, state="pilot"))
+        self._send(
+            m.Hello(versions=sorted(m.SUPPORTED_VERSIONS), nonce=self._nonce, state="pilot")
+        )
 
     def _send(self, message: m.Message) -> None:
         self._dealer.send(codec.encode(message))
@@ -76,10 +84,17 @@ class PilotLink:
                 if message.code == UNKNOWN_SESSION:
                     self._hello()
                 else:
-                    _log.error("refused by the relay: %s", message.detail, extra={"event": "refused", "code": message.code})
+                    _log.error(
+                        "refused by the relay: %s",
+                        message.detail,
+                        extra={"event": "refused", "code": message.code},
+                    )
                     self._refused.set()
 
     def _saw(self, event: LinkEvent, endpoint: str) -> None:
         if event is LinkEvent.REFUSED:
-            _log.error("the relay refuses this pilot's key", extra={"event": "refused", "endpoint": endpoint})
+            _log.error(
+                "the relay refuses this pilot's key",
+                extra={"event": "refused", "endpoint": endpoint},
+            )
             self._refused.set()

@@ -31,5 +31,9 @@ def after_exit(before: Restart, *, code: int, lived_s: float, stopping: bool) ->
         return Restart(cause="stopped")
     young = before.young_deaths + 1 if lived_s < YOUNG_S else 0
     if young >= MAX_YOUNG_DEATHS:
-        return Restart(cause=f"the worker died {young} times in a row within {YOUNG_S:.0f} s (last exit code {code})")
-    return Restart(delay_s=0.0 if young <= 1 else min(30.0, 2.0 ** (young - 2)), young_deaths=young)
+        return Restart(
+            cause=f"the worker died {young} times in a row within {YOUNG_S:.0f} s (last exit code {code})"
+        )
+    return Restart(
+        delay_s=0.0 if young <= 1 else min(30.0, 2.0 ** (young - 2)), young_deaths=young
+    )

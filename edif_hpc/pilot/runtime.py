@@ -53,13 +53,23 @@ class Pilot:
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
         worker_keys, pilot_keys = KeyPair.generate(), KeyPair.generate()
         joined = await self._join(worker_keys.public, pilot_keys.public)
-        link = PilotLink(endpoint=joined["endpoint"], server_key=joined["server_key"], keys=pilot_keys, clock=self.clock)
+        link = PilotLink(
+            endpoint=joined["endpoint"],
+            server_key=joined["server_key"],
+            keys=pilot_keys,
+            clock=self.clock,
+        )
         order_file = scratch / "worker.order"
         write_order(
             order_file,
             WorkerOrder(
-                name=self.order.name, endpoint=joined["endpoint"], server_key=joined["server_key"],
-                public_key=worker_keys.public, secret_key=worker_keys.secret, scratch=str(scratch / "worker"), engine=self.order.engine,
+                name=self.order.name,
+                endpoint=joined["endpoint"],
+                server_key=joined["server_key"],
+                public_key=worker_keys.public,
+                secret_key=worker_keys.secret,
+                scratch=str(scratch / "worker"),
+                engine=self.order.engine,
             ),
         )
         try:
@@ -67,7 +77,11 @@ class Pilot:
         finally:
             order_file.unlink(missing_ok=True)
         await link.goodbye(cause)
-        record = {"cause": cause, "seconds": round(self.clock.monotonic() - began, 1), "worker_starts": self._starts}
+        record = {
+            "cause": cause,
+            "seconds": round(self.clock.monotonic() - began, 1),
+            "worker_starts": self._starts,
+        }
         (scratch / "exit.json").write_text(json.dumps(record))
         return cause
 
@@ -76,7 +90,12 @@ class Pilot:
         self._stop.set()
 
     async def _join(self, worker_key: str, pilot_key: str) -> dict[str, Any]:
-        body = {"join_token": self.order.join_token, "worker_key": worker_key, "pilot_key": pilot_key, "node": os.uname().nodename}
+        body = {
+            "join_token": self.order.join_token,
+            "worker_key": worker_key,
+            "pilot_key": pilot_key,
+            "node": os.uname().nodename,
+        }
         seen = ""
         async with httpx.AsyncClient(timeout=30.0) as http:
             for attempt in range(_JOIN_TRIES):
@@ -90,8 +109,12 @@ class Pilot:
                     seen = f"HTTP {response.status_code}: {response.text[:300]}"
                     if response.is_client_error:
                         break
-                await asyncio.sleep(min(30.0, 0.5 * 2**attempt))  # back off from a relay that is away
-        raise LaunchError(f"the relay at {self.order.relay_url} did not let this allocation join ({seen})")
+                await asyncio.sleep(
+                    min(30.0, 0.5 * 2**attempt)
+                )  # back off from a relay that is away
+        raise LaunchError(
+            f"the relay at {self.order.relay_url} did not let this allocation join ({seen})"
+        )
 
     async def _keep_alive(self, order_file: Path, link: PilotLink) -> str:
         restart = Restart()
@@ -100,8 +123,17 @@ class Pilot:
             self._starts += 1
             code = await self._run_worker(order_file, link)
             lived_s = self.clock.monotonic() - warm_since
-            restart = after_exit(restart, code=code, lived_s=lived_s, stopping=self._stop.is_set() or link.refused)
-            _log.info("the worker ended", extra={"event": "worker_ended", "code": code, "next": restart.cause or "start again"})
+            restart = after_exit(
+                restart, code=code, lived_s=lived_s, stopping=self._stop.is_set() or link.refused
+            )
+            _log.info(
+                "the worker ended",
+                extra={
+                    "event": "worker_ended",
+                    "code": code,
+                    "next": restart.cause or "start again",
+                },
+            )
             if restart.cause:
                 return restart.cause
             try:
@@ -112,8 +144,16 @@ class Pilot:
 
     async def _run_worker(self, order_file: Path, link: PilotLink) -> int:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-u", "-m", "edif_hpc.worker.app", str(order_file), str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+            sys.executable,
+            "-u",
+            "-m",
+            self.order.worker_module,
+            str(order_file),
+            str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
         )
         link.report("worker_started", f"pid {process.pid}")
         reading = asyncio.create_task(self._read(process), name="read-worker")

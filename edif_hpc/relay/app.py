@@ -1,8 +1,8 @@
 """The relay's composition root: the one place where its parts are made and joined, and its main.
 
-    store ── writer ─┐
-    objects, blobs ──┼── fleet, board, leasing, broker ──┬── HTTP (nnsight clients, operators, signed links)
-    clock, secrets ──┘                                   └── worker gateway (ZeroMQ) ── scheduler
+store ── writer ─┐
+objects, blobs ──┼── fleet, board, leasing, broker ──┬── HTTP (nnsight clients, operators, signed links)
+clock, secrets ──┘                                   └── worker gateway (ZeroMQ) ── scheduler
 """
 
 from __future__ import annotations
@@ -76,14 +76,24 @@ def init_data_dir(settings: RelaySettings, *, operator_name: str) -> str:
     """
     data = DataDir(root=settings.data_dir)
     if data.keys.exists():
-        raise Conflict(f"{data.root} holds a relay already; start it with `edif-hpc relay serve`, or choose another --data-dir")
+        raise Conflict(
+            f"{data.root} holds a relay already; start it with `edif-hpc relay serve`, or choose another --data-dir"
+        )
     try:
         data.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         data.root.chmod(0o700)
     except OSError as error:
-        raise StoreUnavailable(f"cannot make the data directory {data.root}: {error.strerror}; choose another --data-dir") from error
+        raise StoreUnavailable(
+            f"cannot make the data directory {data.root}: {error.strerror}; choose another --data-dir"
+        ) from error
     now, secret = SystemClock().wall(), secrets.token_urlsafe(32)
-    token = Token(id=secrets.token_hex(6), name=operator_name, role=Role.OPERATOR, secret_sha256=secret_hash(secret), created_at=now)
+    token = Token(
+        id=secrets.token_hex(6),
+        name=operator_name,
+        role=Role.OPERATOR,
+        secret_sha256=secret_hash(secret),
+        created_at=now,
+    )
     store = SqliteStore(data.database)
     store.open()
     try:
@@ -99,7 +109,13 @@ def init_data_dir(settings: RelaySettings, *, operator_name: str) -> str:
 class Relay:
     """One relay: made on a running loop by `start`, served by `run`."""
 
-    def __init__(self, settings: RelaySettings, *, clock: Clock | None = None, extra_routes: Sequence[BaseRoute] = ()) -> None:
+    def __init__(
+        self,
+        settings: RelaySettings,
+        *,
+        clock: Clock | None = None,
+        extra_routes: Sequence[BaseRoute] = (),
+    ) -> None:
         self._settings, self._clock, self._routes = settings, clock or SystemClock(), extra_routes
         self._failpoints = Failpoints.parse(settings.failpoints)
         self._data = DataDir(root=settings.data_dir)
@@ -124,45 +140,96 @@ class Relay:
             self.fleet = Fleet(writer=writer, store=store, clock=clock, endpoint=endpoint)
 
             def result_link(request_id: str, base_url: str) -> str:
-                return base_url + signer.link("GET", f"/results/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S)
+                return base_url + signer.link(
+                    "GET", f"/results/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S
+                )
 
-            telling = Telling(clock=clock, objects=objects, result_link=result_link, heartbeat_s=settings.heartbeat_s)
+            telling = Telling(
+                clock=clock,
+                objects=objects,
+                result_link=result_link,
+                heartbeat_s=settings.heartbeat_s,
+            )
             board = Board(fleet=self.fleet, telling=telling, objects=objects, blobs=blobs)
             leasing = Leasing(
-                writer=writer, board=board, fleet=self.fleet, objects=objects, telling=telling, clock=clock,
-                leases=LeaseClock(lease_s=settings.lease_s), failpoints=failpoints,
+                writer=writer,
+                board=board,
+                fleet=self.fleet,
+                objects=objects,
+                telling=telling,
+                clock=clock,
+                leases=LeaseClock(lease_s=settings.lease_s),
+                failpoints=failpoints,
             )
             self.broker = Broker(
-                writer=writer, store=store, board=board, leasing=leasing, fleet=self.fleet, objects=objects, blobs=blobs,
-                telling=telling, clock=clock, failpoints=failpoints,
+                writer=writer,
+                store=store,
+                board=board,
+                leasing=leasing,
+                fleet=self.fleet,
+                objects=objects,
+                blobs=blobs,
+                telling=telling,
+                clock=clock,
+                failpoints=failpoints,
             )
             accounts.restore()
             self.fleet.restore()
             self.broker.restore()
             sessions = Sessions()
             deps = http.Deps(
-                settings=settings, clock=clock, broker=self.broker, fleet=self.fleet, accounts=accounts, sessions=sessions,
-                blobs=blobs, objects=objects, signer=signer,
+                settings=settings,
+                clock=clock,
+                broker=self.broker,
+                fleet=self.fleet,
+                accounts=accounts,
+                sessions=sessions,
+                blobs=blobs,
+                objects=objects,
+                signer=signer,
             )
             self.server = http.serve(http.build_app(deps, extra_routes=self._routes), settings)
             rules = Rules(
-                lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s,
-                base_url=settings.worker_base_url or settings.public_url or self.server.url, part_bytes=objects.part_bytes,
+                lease_s=settings.lease_s,
+                heartbeat_s=settings.heartbeat_s,
+                base_url=settings.worker_base_url or settings.public_url or self.server.url,
+                part_bytes=objects.part_bytes,
             )
 
             def blob_link(request_id: str) -> str:
-                return signer.link("GET", f"/blobs/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S)
+                return signer.link(
+                    "GET", f"/blobs/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S
+                )
 
-            gateway = WorkerGateway(fleet=self.fleet, leasing=leasing, board=board, clock=clock, rules=rules, blob_link=blob_link)
+            gateway = WorkerGateway(
+                fleet=self.fleet,
+                leasing=leasing,
+                board=board,
+                clock=clock,
+                rules=rules,
+                blob_link=blob_link,
+            )
             self.fleet.attach(_Orders(gateway, self.broker))
             leasing.attach(gateway)
             self.broker.attach(gateway)
-            self.router = Router(bind=settings.worker_bind, keys=keys, known=gateway.known, on_batch=gateway.received)
+            self.router = Router(
+                bind=settings.worker_bind,
+                keys=keys,
+                known=gateway.known,
+                on_batch=gateway.received,
+            )
             gateway.attach(self.router)
             endpoint["endpoint"] = settings.worker_endpoint or self.router.endpoint
             scheduler = Scheduler(
-                broker=self.broker, leasing=leasing, board=board, fleet=self.fleet, gateway=gateway, objects=objects,
-                clock=clock, ws_grace_s=settings.ws_grace_s, retention_s=settings.result_retention_s,
+                broker=self.broker,
+                leasing=leasing,
+                board=board,
+                fleet=self.fleet,
+                gateway=gateway,
+                objects=objects,
+                clock=clock,
+                ws_grace_s=settings.ws_grace_s,
+                retention_s=settings.result_retention_s,
             )
             writer.start()
             await self._serve(writer, scheduler, board)
@@ -182,7 +249,12 @@ class Relay:
         }
         watched: set[asyncio.Future[object]] = {*tasks, writer.died}  # type: ignore[arg-type]
         await self.server.ready.wait()
-        _log.info("serving %s, workers at %s", self.server.url, self.router.endpoint, extra={"event": "relay_ready", "url": self.server.url})
+        _log.info(
+            "serving %s, workers at %s",
+            self.server.url,
+            self.router.endpoint,
+            extra={"event": "relay_ready", "url": self.server.url},
+        )
         sys.stdout.write(f"relay ready: {self.server.url} (workers: {self.router.endpoint})\n")
         sys.stdout.flush()
         done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -194,14 +266,22 @@ class Relay:
         await board.settle()
         self.router.close()
         for each in done:
-            if isinstance(each, asyncio.Task) and not each.cancelled() and each.exception() is not None:
+            if (
+                isinstance(each, asyncio.Task)
+                and not each.cancelled()
+                and each.exception() is not None
+            ):
                 raise each.exception() or StoreUnavailable("a part of the relay ended")
         if writer.died.done():
-            raise StoreUnavailable(f"the store's writer died: {writer.died.result()}; the relay ends so that nothing is promised falsely")
+            raise StoreUnavailable(
+                f"the store's writer died: {writer.died.result()}; the relay ends so that nothing is promised falsely"
+            )
 
     def _secrets(self) -> tuple[KeyPair, Signer]:
         if not self._data.keys.exists():
-            raise SettingsError(f"{self._data.root} holds no relay; make one with `edif-hpc relay init`")
+            raise SettingsError(
+                f"{self._data.root} holds no relay; make one with `edif-hpc relay init`"
+            )
         return KeyPair.load(self._data.keys), Signer(secret=self._data.link_secret.read_bytes())
 
 

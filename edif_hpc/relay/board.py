@@ -43,7 +43,9 @@ class Open:
 class Board:
     """All open requests."""
 
-    def __init__(self, *, fleet: Fleet, telling: Telling, objects: ObjectStore, blobs: BlobFolder) -> None:
+    def __init__(
+        self, *, fleet: Fleet, telling: Telling, objects: ObjectStore, blobs: BlobFolder
+    ) -> None:
         self.open: dict[str, Open] = {}
         self.queues: dict[str, FairQueue] = {}
         self._fleet, self._telling = fleet, telling
@@ -73,19 +75,29 @@ class Board:
 
     def holding(self, key: str) -> list[Open]:
         """All that a peer holds."""
-        return [each for each in self.open.values() if each.request.holder == key and each.request.state is not RequestState.QUEUED]
+        return [
+            each
+            for each in self.open.values()
+            if each.request.holder == key and each.request.state is not RequestState.QUEUED
+        ]
 
     def position(self, request: Request) -> int:
         """Place in the queue, from 1; 0 for one that does not wait."""
         queue = self.queues.get(request.deployment)
         if queue is None or request.id not in queue:
             return 0
-        return next(place for place, each in enumerate(queue.order(), start=1) if each.id == request.id)
+        return next(
+            place for place, each in enumerate(queue.order(), start=1) if each.id == request.id
+        )
 
-    def waiting_update(self, request: Request, *, position: int | None = None, why: LeaseEnd | None = None) -> Update:
+    def waiting_update(
+        self, request: Request, *, position: int | None = None, why: LeaseEnd | None = None
+    ) -> Update:
         """What to say of a request that has not ended."""
         place = self.position(request) if position is None else position
-        return self._telling.waiting(request, place, self._fleet.provision(request.deployment), why=why)
+        return self._telling.waiting(
+            request, place, self._fleet.provision(request.deployment), why=why
+        )
 
     def show_waiting(self, entry: Open, *, why: LeaseEnd | None = None) -> None:
         """Tell a listening client what its queued request waits for."""
@@ -134,11 +146,17 @@ class Board:
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            _log.error("work in the background failed", exc_info=task.exception(), extra={"event": "background_failed"})
+            _log.error(
+                "work in the background failed",
+                exc_info=task.exception(),
+                extra={"event": "background_failed"},
+            )
 
 
 def when_settled(
-    future: asyncio.Future[Any], done: Callable[[Any], None], failed: Callable[[BaseException], None]
+    future: asyncio.Future[Any],
+    done: Callable[[Any], None],
+    failed: Callable[[BaseException], None],
 ) -> None:
     """Call one of two functions on the loop when a write is settled."""
 

@@ -33,8 +33,18 @@ class Broker:
     """The use cases of a request."""
 
     def __init__(
-        self, *, writer: Writer, store: Store, board: Board, leasing: Leasing, fleet: Fleet, objects: ObjectStore,
-        blobs: BlobFolder, telling: Telling, clock: Clock, failpoints: Failpoints,
+        self,
+        *,
+        writer: Writer,
+        store: Store,
+        board: Board,
+        leasing: Leasing,
+        fleet: Fleet,
+        objects: ObjectStore,
+        blobs: BlobFolder,
+        telling: Telling,
+        clock: Clock,
+        failpoints: Failpoints,
     ) -> None:
         self._writer, self._store, self._board, self._leasing = writer, store, board, leasing
         self._fleet, self._objects, self._blobs = fleet, objects, blobs
@@ -55,7 +65,9 @@ class Broker:
 
     # -- clients -------------------------------------------------------------------------------------------------------
 
-    async def accept(self, new: NewRequest, blob: bytes | Path, session: Session | None) -> Request:
+    async def accept(
+        self, new: NewRequest, blob: bytes | Path, session: Session | None
+    ) -> Request:
         """Commit a request. A blob above the inline size comes as a temporary file in the blob folder."""
         inline = None if isinstance(blob, Path) else blob
         if isinstance(blob, Path):
@@ -84,18 +96,24 @@ class Broker:
 
     async def cancel(self, request_id: str, *, by: str) -> Request:
         """End a request that has not ended; one that has is returned as it is."""
-        return await self.end(request_id, Failure(kind=FailureKind.CANCELLED, message=f"cancelled by {by}"))
+        return await self.end(
+            request_id, Failure(kind=FailureKind.CANCELLED, message=f"cancelled by {by}")
+        )
 
     async def end(self, request_id: str, failure: Failure) -> Request:
         """End a request without its worker: cancelled, expired, removed, damaged. Its executor is killed."""
         now = self._clock.wall()
         try:
-            request = await self._writer.submit(lambda store: store.end(request_id, now, failure=failure))
+            request = await self._writer.submit(
+                lambda store: store.end(request_id, now, failure=failure)
+            )
         except TransitionRefused:
             return (await self.view(request_id, ""))[0]
         entry = self._board.open.get(request_id)
         if entry is not None and entry.request.holder is not None and self._outbox is not None:
-            cancel = m.Cancel(request=request_id, attempt=entry.request.attempt, reason=str(failure.kind))
+            cancel = m.Cancel(
+                request=request_id, attempt=entry.request.attempt, reason=str(failure.kind)
+            )
             self._outbox.tell(entry.request.holder, cancel)
         self._leasing.forget(request_id)
         self._board.close(request)
@@ -114,7 +132,9 @@ class Broker:
     ) -> list[Request]:
         """The newest first."""
         wanted = tuple(states)
-        return await asyncio.to_thread(lambda: self._store.requests(owner=owner, states=wanted, limit=limit))
+        return await asyncio.to_thread(
+            lambda: self._store.requests(owner=owner, states=wanted, limit=limit)
+        )
 
     async def explain(self, request_id: str) -> dict[str, Any]:
         """Why a request is where it is, and what each attempt did."""
@@ -133,7 +153,9 @@ class Broker:
             return request.result.key
         data = await asyncio.to_thread(self._store.inline_result, request_id)
         if data is None or len(data) != request.result.size_bytes:
-            raise NotFound(f"the stored result of request {request_id} is damaged; run it again and tell the operator")
+            raise NotFound(
+                f"the stored result of request {request_id} is damaged; run it again and tell the operator"
+            )
         return data
 
     # -- the timer -----------------------------------------------------------------------------------------------------
@@ -147,8 +169,17 @@ class Broker:
             if request.state is not RequestState.QUEUED or entry.busy:
                 continue
             if request.expires_at <= wall:
-                out.append((request.id, self._telling.expired(request, self._fleet.provision(request.deployment))))
-            elif entry.orphaned_at is not None and not request.keep and now - entry.orphaned_at > grace_s:
+                out.append(
+                    (
+                        request.id,
+                        self._telling.expired(request, self._fleet.provision(request.deployment)),
+                    )
+                )
+            elif (
+                entry.orphaned_at is not None
+                and not request.keep
+                and now - entry.orphaned_at > grace_s
+            ):
                 message = f"cancelled: its client's connection closed more than {grace_s:.0f} s ago, before it had started"
                 out.append((request.id, Failure(kind=FailureKind.CANCELLED, message=message)))
         return out
@@ -156,21 +187,29 @@ class Broker:
     async def retain(self, retention_s: float) -> int:
         """Delete results older than the retention; returns how many."""
         before = self._clock.wall() - retention_s
-        old = await asyncio.to_thread(lambda: self._store.ended_before(before, limit=_RETENTION_BATCH))
+        old = await asyncio.to_thread(
+            lambda: self._store.ended_before(before, limit=_RETENTION_BATCH)
+        )
         for request in old:
             if request.result is not None and request.result.key is not None:
                 await self._objects.delete(request.result.key)
             now = self._clock.wall()
-            await self._writer.submit(lambda store, key=request.id, at=now: store.forget_result(key, at))
+            await self._writer.submit(
+                lambda store, key=request.id, at=now: store.forget_result(key, at)
+            )
         return len(old)
 
     def waiting(self, deployment: str) -> int:
         """How many requests of a deployment have not ended."""
-        return sum(1 for each in self._board.open.values() if each.request.deployment == deployment)
+        return sum(
+            1 for each in self._board.open.values() if each.request.deployment == deployment
+        )
 
     async def end_waiting(self, deployment: str, why: str) -> int:
         """End all open requests of a deployment."""
-        ids = [key for key, each in self._board.open.items() if each.request.deployment == deployment]
+        ids = [
+            key for key, each in self._board.open.items() if each.request.deployment == deployment
+        ]
         for request_id in ids:
             await self.end(request_id, Failure(kind=FailureKind.REMOVED, message=why))
         return len(ids)

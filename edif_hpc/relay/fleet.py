@@ -45,7 +45,9 @@ class Orders(Protocol):
 class Fleet:
     """Deployments, allocations, peers and connected workers."""
 
-    def __init__(self, *, writer: Writer, store: Store, clock: Clock, endpoint: Mapping[str, str]) -> None:
+    def __init__(
+        self, *, writer: Writer, store: Store, clock: Clock, endpoint: Mapping[str, str]
+    ) -> None:
         self._writer, self._store, self._clock = writer, store, clock
         self._endpoint = endpoint  #: what a pilot needs to dial: endpoint and server_key
         self._deployments: dict[str, Deployment] = {}
@@ -80,7 +82,9 @@ class Fleet:
         """The one of that name; `NotFound` names those there are."""
         found = self._deployments.get(name)
         if found is None:
-            raise NotFound(f"there is no deployment {name!r}; deployed: {', '.join(sorted(self._deployments)) or 'nothing yet'}")
+            raise NotFound(
+                f"there is no deployment {name!r}; deployed: {', '.join(sorted(self._deployments)) or 'nothing yet'}"
+            )
         return found
 
     def find(self, key: ModelKey) -> Deployment:
@@ -92,7 +96,9 @@ class Fleet:
         check_name(deployment.name)
         for other in self._deployments.values():
             if other.serves(deployment.model_key):
-                raise Conflict(f"the deployment {other.name} serves {deployment.repo_id} (task {deployment.task}) already")
+                raise Conflict(
+                    f"the deployment {other.name} serves {deployment.repo_id} (task {deployment.task}) already"
+                )
         stamped = replace(deployment, created_at=self._clock.wall())
         await self._writer.submit(lambda store: store.add_deployment(stamped))
         self._deployments[deployment.name] = stamped
@@ -104,7 +110,9 @@ class Fleet:
         orders = self._carried_out()
         waiting = orders.waiting(name)
         if waiting and not force:
-            raise Conflict(f"{waiting} request(s) of {name} have not ended; wait, or remove it with --force, which ends them")
+            raise Conflict(
+                f"{waiting} request(s) of {name} have not ended; wait, or remove it with --force, which ends them"
+            )
         await self._writer.submit(lambda store: store.remove_deployment(name))
         self._deployments.pop(name, None)
         await self.drain(name, None)
@@ -116,7 +124,11 @@ class Fleet:
 
     def provision(self, deployment: str) -> tuple[Provision, str]:
         """What serves a deployment now, and a few words on it for those who wait."""
-        workers = [each for each in self.workers.values() if each.peer.deployment == deployment and not each.draining]
+        workers = [
+            each
+            for each in self.workers.values()
+            if each.peer.deployment == deployment and not each.draining
+        ]
         if any(each.serves for each in workers):
             return Provision.WARM, ""
         for each in workers:
@@ -127,18 +139,27 @@ class Fleet:
             return Provision.LOADING, "the worker starts"
         if live:
             return Provision.PENDING, f"allocation {live[0].name} waits to start"
-        return Provision.NONE, "no allocation serves this model; an operator starts one with `edif-hpc up`"
+        return (
+            Provision.NONE,
+            "no allocation serves this model; an operator starts one with `edif-hpc up`",
+        )
 
     # -- allocations ---------------------------------------------------------------------------------------------------
 
-    async def allocate(self, deployment: str, *, site: str, slots: int | None = None) -> list[dict[str, Any]]:
+    async def allocate(
+        self, deployment: str, *, site: str, slots: int | None = None
+    ) -> list[dict[str, Any]]:
         """New allocations for the slots that have none, each with its one-time join token."""
         wanted = slots if slots is not None else self.deployment(deployment).replicas
         taken = {each.slot for each in self._allocations.values() if each.deployment == deployment}
         past = await self._writer.submit(lambda store: store.allocations(live_only=False))
         made = []
         for slot in (each for each in range(wanted) if each not in taken):
-            older = [each.generation for each in past if (each.deployment, each.slot) == (deployment, slot)]
+            older = [
+                each.generation
+                for each in past
+                if (each.deployment, each.slot) == (deployment, slot)
+            ]
             allocation = Allocation(
                 id=secrets.token_hex(8),
                 deployment=deployment,
@@ -149,7 +170,9 @@ class Fleet:
                 submitted_at=self._clock.wall(),
             )
             token = secrets.token_urlsafe(32)
-            await self._writer.submit(lambda store, a=allocation, t=token: store.add_allocation(a, secret_hash(t)))
+            await self._writer.submit(
+                lambda store, a=allocation, t=token: store.add_allocation(a, secret_hash(t))
+            )
             self._allocations[allocation.id] = allocation
             self._pilots[allocation.id] = self._clock.monotonic()
             made.append({"allocation": allocation, "name": allocation.name, "join_token": token})
@@ -163,7 +186,9 @@ class Fleet:
         """It never started, or it ended."""
         await self.end(allocation_id, cause=cause, detail=detail)
 
-    async def join(self, join_token: str, *, worker_key: str, pilot_key: str, node: str) -> dict[str, Any]:
+    async def join(
+        self, join_token: str, *, worker_key: str, pilot_key: str, node: str
+    ) -> dict[str, Any]:
         """Spend a join token: register the keys that were made on the node."""
         token_hash, now = secret_hash(join_token), self._clock.wall()
 
@@ -172,13 +197,20 @@ class Fleet:
             allocation = store.join(token_hash, now)
             peers = [
                 Peer(
-                    key=key, role=role, allocation=allocation.id, deployment=allocation.deployment,
-                    slot=allocation.slot, generation=allocation.generation, created_at=now,
+                    key=key,
+                    role=role,
+                    allocation=allocation.id,
+                    deployment=allocation.deployment,
+                    slot=allocation.slot,
+                    generation=allocation.generation,
+                    created_at=now,
                 )
                 for role, key in keys.items()
             ]
             store.add_peers(peers)
-            return store.change_allocation(allocation.id, now, state=AllocationState.STARTED, node=node), peers
+            return store.change_allocation(
+                allocation.id, now, state=AllocationState.STARTED, node=node
+            ), peers
 
         allocation, peers = await self._writer.submit(op)
         self._allocations[allocation.id] = allocation
@@ -193,7 +225,9 @@ class Fleet:
         now = self._clock.wall()
 
         def op(store: Store) -> None:
-            store.change_allocation(allocation_id, now, state=AllocationState.ENDED, cause=cause, detail=detail[-2000:])
+            store.change_allocation(
+                allocation_id, now, state=AllocationState.ENDED, cause=cause, detail=detail[-2000:]
+            )
             store.revoke_peers(allocation_id, now)
 
         await self._writer.submit(op)
@@ -217,13 +251,19 @@ class Fleet:
     async def drain(self, deployment: str | None, allocation: str | None) -> int:
         """Drain the workers of a deployment or of one allocation; allocations that never started are ended."""
         hit = [
-            each for each in self._allocations.values()
-            if allocation == each.id or (allocation is None and deployment in (None, each.deployment))
+            each
+            for each in self._allocations.values()
+            if allocation == each.id
+            or (allocation is None and deployment in (None, each.deployment))
         ]
         for each in hit:
             if each.state is AllocationState.SUBMITTED:
                 await self.end(each.id, cause="drained", detail="it had not started")
-            for worker in [each_worker for each_worker in self.workers.values() if each_worker.peer.allocation == each.id]:
+            for worker in [
+                each_worker
+                for each_worker in self.workers.values()
+                if each_worker.peer.allocation == each.id
+            ]:
                 self._carried_out().drain_worker(worker.peer.key, "ordered")
         return len(hit)
 
@@ -245,10 +285,14 @@ class Fleet:
         """Allocations whose pilot and worker have both been silent for `LOST_AFTER_S`."""
         heard = dict(self._pilots)
         for worker in self.workers.values():
-            heard[worker.peer.allocation] = max(heard.get(worker.peer.allocation, 0.0), worker.heard_at)
+            heard[worker.peer.allocation] = max(
+                heard.get(worker.peer.allocation, 0.0), worker.heard_at
+            )
         return [
-            each.id for each in self._allocations.values()
-            if each.state is not AllocationState.SUBMITTED and now - heard.get(each.id, now) > LOST_AFTER_S
+            each.id
+            for each in self._allocations.values()
+            if each.state is not AllocationState.SUBMITTED
+            and now - heard.get(each.id, now) > LOST_AFTER_S
         ]
 
     def forgive(self, now: float) -> None:
@@ -259,7 +303,11 @@ class Fleet:
 
     def serving(self, deployment: str) -> list[Worker]:
         """Workers that may be given requests of a deployment."""
-        return [each for each in self.workers.values() if each.peer.deployment == deployment and each.serves]
+        return [
+            each
+            for each in self.workers.values()
+            if each.peer.deployment == deployment and each.serves
+        ]
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -274,13 +322,17 @@ class Fleet:
 
     def processes(self) -> list[dict[str, Any]]:
         """One line an allocation, for `ps`."""
-        return reports.processes(self._allocations.values(), self.workers.values(), self._clock.monotonic())
+        return reports.processes(
+            self._allocations.values(), self.workers.values(), self._clock.monotonic()
+        )
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     async def _change(self, allocation_id: str, **facts: Any) -> None:
         now = self._clock.wall()
-        changed = await self._writer.submit(lambda store: store.change_allocation(allocation_id, now, **facts))
+        changed = await self._writer.submit(
+            lambda store: store.change_allocation(allocation_id, now, **facts)
+        )
         if allocation_id in self._allocations:
             self._allocations[allocation_id] = changed
 

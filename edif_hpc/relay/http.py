@@ -210,12 +210,19 @@ class Server(uvicorn.Server):
             access_log=False,
             log_config=None,
             proxy_headers=settings.behind_proxy,
-            forwarded_allow_ips="*" if settings.behind_proxy else None,
+            forwarded_allow_ips="*",
             timeout_graceful_shutdown=_GRACE_S,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
         )
         super().__init__(config)
+        try:
+            config.load()
+        except OSError as error:  # also what ssl raises
+            self._socket.close()
+            raise SettingsError(
+                f"TLS cannot start with {settings.tls_cert} and {settings.tls_key}: {error}"
+            ) from error
 
     @property
     def port(self) -> int:

@@ -47,8 +47,16 @@ class Leasing:
     """Grants, outcomes and lost leases."""
 
     def __init__(
-        self, *, writer: Writer, board: Board, fleet: Fleet, objects: ObjectStore, telling: Telling, clock: Clock,
-        leases: LeaseClock, failpoints: Failpoints,
+        self,
+        *,
+        writer: Writer,
+        board: Board,
+        fleet: Fleet,
+        objects: ObjectStore,
+        telling: Telling,
+        clock: Clock,
+        leases: LeaseClock,
+        failpoints: Failpoints,
     ) -> None:
         self._writer, self._board, self._fleet = writer, board, fleet
         self._objects, self._telling, self._clock = objects, telling, clock
@@ -96,14 +104,19 @@ class Leasing:
     def _lease(self, entry: Open, worker: Worker, *, ahead: bool) -> None:
         request, now = entry.request, self._clock.wall()
         entry.busy = True
-        holding = worker.leases[request.id] = Holding(attempt=request.attempt + 1, granted_at=self._clock.monotonic())
+        holding = worker.leases[request.id] = Holding(
+            attempt=request.attempt + 1, granted_at=self._clock.monotonic()
+        )
 
         def failed(error: BaseException) -> None:
             entry.busy = False
             _drop(worker, request.id, holding.attempt)
             if isinstance(error, StoreUnavailable):
                 self._board.enqueue(request)
-            _log.error("a lease was not committed", extra={"event": "lease_failed", "request": request.id, "reason": str(error)})
+            _log.error(
+                "a lease was not committed",
+                extra={"event": "lease_failed", "request": request.id, "reason": str(error)},
+            )
 
         def leased(grant: Grant) -> None:
             entry.busy = False
@@ -120,25 +133,40 @@ class Leasing:
             else:
                 self.lose(entry, LeaseEnd.RELEASED, {"cause": "the worker cannot be reached"})
 
-        when_settled(self._writer.submit(lambda store: store.lease(request.id, worker.peer.key, now)), leased, failed)
+        when_settled(
+            self._writer.submit(lambda store: store.lease(request.id, worker.peer.key, now)),
+            leased,
+            failed,
+        )
 
     def _steal(self, workers: Mapping[str, Worker], now: float) -> None:
-        seats = {key: each.seat(now, self._fleet.times(each.peer.deployment)) for key, each in workers.items()}
+        seats = {
+            key: each.seat(now, self._fleet.times(each.peer.deployment))
+            for key, each in workers.items()
+        }
         prefetched = [
-            dispatch.Prefetched(request=request_id, holder=key, holder_busy_for_s=seats[key].busy_for_s)
+            dispatch.Prefetched(
+                request=request_id, holder=key, holder_busy_for_s=seats[key].busy_for_s
+            )
             for key, worker in workers.items()
             for request_id, holding in worker.leases.items()
-            if holding.started_at is None and request_id not in self._stealing and len(worker.leases) > worker.executors
+            if holding.started_at is None
+            and request_id not in self._stealing
+            and len(worker.leases) > worker.executors
         ]
         choice = dispatch.choose_steal(seats.values(), prefetched)
         entry = self._board.open.get(choice.request) if choice is not None else None
         if choice is not None and entry is not None and not entry.busy:
             self._stealing.add(choice.request)
-            self._tell(choice.holder, m.Steal(request=choice.request, attempt=entry.request.attempt))
+            self._tell(
+                choice.holder, m.Steal(request=choice.request, attempt=entry.request.attempt)
+            )
 
     # -- a worker speaks -------------------------------------------------------------------------------------------------
 
-    def greeted(self, worker: Worker, held: Iterable[m.Held], *, same_process: bool) -> list[m.Held]:
+    def greeted(
+        self, worker: Worker, held: Iterable[m.Held], *, same_process: bool
+    ) -> list[m.Held]:
         """A worker said hello: which of the leases that it presents still stand. The others that it had are lost."""
         presented = {each.request: each for each in held}
         now, kept = self._clock.monotonic(), []
@@ -147,7 +175,9 @@ class Leasing:
             claim = presented.get(request.id)
             if claim is not None and claim.attempt == request.attempt:
                 kept.append(claim)
-                worker.leases[request.id] = Holding(attempt=claim.attempt, granted_at=now, seen=True)
+                worker.leases[request.id] = Holding(
+                    attempt=claim.attempt, granted_at=now, seen=True
+                )
                 self._leases.open(request.id, now)
                 if claim.started:
                     self.started(worker, request.id, claim.attempt)
@@ -160,7 +190,12 @@ class Leasing:
         """An executor has the request. Committed with the next group: no promise hangs on it."""
         entry = self._board.held(worker.peer.key, request_id, attempt)
         holding = worker.leases.get(request_id)
-        if entry is None or holding is None or entry.busy or entry.request.state is RequestState.RUNNING:
+        if (
+            entry is None
+            or holding is None
+            or entry.busy
+            or entry.request.state is RequestState.RUNNING
+        ):
             return
         now, key = self._clock.wall(), worker.peer.key
         holding.seen, holding.started_at = True, self._clock.monotonic()
@@ -171,9 +206,18 @@ class Leasing:
                 entry.request = request
 
         def refused(error: BaseException) -> None:
-            _log.info("a start was not recorded", extra={"event": "start_refused", "request": request_id, "reason": str(error)})
+            _log.info(
+                "a start was not recorded",
+                extra={"event": "start_refused", "request": request_id, "reason": str(error)},
+            )
 
-        when_settled(self._writer.submit(lambda store: store.start(request_id, attempt, key, now), lazy=True), running, refused)
+        when_settled(
+            self._writer.submit(
+                lambda store: store.start(request_id, attempt, key, now), lazy=True
+            ),
+            running,
+            refused,
+        )
         entry.show(self._telling.running(entry.request, worker))
 
     def renewed(self, worker: Worker, held: Iterable[m.Held]) -> list[m.Held]:
@@ -213,7 +257,9 @@ class Leasing:
             entry.upload = None
         if entry.upload is None:
             entry.upload = await self._objects.begin(key)
-        urls = await self._objects.part_urls(entry.upload, need.first, need.count, base_url=base_url)
+        urls = await self._objects.part_urls(
+            entry.upload, need.first, need.count, base_url=base_url
+        )
         return m.Parts(request=need.request, attempt=need.attempt, first=need.first, urls=urls)
 
     def done(self, worker: Worker, done: m.Done) -> None:
@@ -232,14 +278,19 @@ class Leasing:
         """Make an uploaded result durable before its request may be COMPLETED."""
         try:
             if entry.upload is not None:
-                parts = [UploadedPart(number=each.number, etag=each.etag) for each in done.parts or []]
+                parts = [
+                    UploadedPart(number=each.number, etag=each.etag) for each in done.parts or []
+                ]
                 await self._objects.complete(entry.upload, parts, done.size)
             else:
                 # The relay was started anew after the upload: what was completed before is found by its key.
                 await self._objects.read_url(_object_key(done.request, done.attempt), base_url="")
         except EdifError as error:
             entry.busy, entry.upload = False, None
-            _log.warning("an upload is not complete", extra={"event": "seal_failed", "request": done.request, "reason": str(error)})
+            _log.warning(
+                "an upload is not complete",
+                extra={"event": "seal_failed", "request": done.request, "reason": str(error)},
+            )
             if not isinstance(error, StoreUnavailable):
                 self._tell(worker.peer.key, m.Reupload(request=done.request, attempt=done.attempt))
             return
@@ -254,7 +305,10 @@ class Leasing:
             if isinstance(error, StoreUnavailable):
                 if holding is not None:
                     worker.leases[done.request] = holding
-                _log.error("a result was not committed", extra={"event": "done_failed", "request": done.request, "reason": str(error)})
+                _log.error(
+                    "a result was not committed",
+                    extra={"event": "done_failed", "request": done.request, "reason": str(error)},
+                )
             else:
                 self._acknowledge(worker, done, accepted=False, detail=str(error))
 
@@ -301,7 +355,9 @@ class Leasing:
             return
         worker = self._fleet.workers.get(holder)
         holding = worker.leases.pop(request.id, None) if worker is not None else None
-        started = request.state is RequestState.RUNNING or (holding is not None and holding.started_at is not None)
+        started = request.state is RequestState.RUNNING or (
+            holding is not None and holding.started_at is not None
+        )
         if spends_budget(end) and not started:
             end = LeaseEnd.RELEASED  # what had not begun cannot have killed anyone
         entry.busy = True
@@ -310,7 +366,10 @@ class Leasing:
         def failed(error: BaseException) -> None:
             entry.busy = False
             self._leases.open(request.id, self._clock.monotonic())  # tried again when it expires
-            _log.error("a lease was not released", extra={"event": "release_failed", "request": request.id, "reason": str(error)})
+            _log.error(
+                "a lease was not released",
+                extra={"event": "release_failed", "request": request.id, "reason": str(error)},
+            )
 
         def released(changed: Request) -> None:
             entry.busy = False
@@ -325,7 +384,9 @@ class Leasing:
                 self._board.show_waiting(entry, why=end)
 
         def op(store: Store) -> Request:
-            return store.release(request.id, request.attempt, holder, now, end=end, evidence=dict(evidence))
+            return store.release(
+                request.id, request.attempt, holder, now, end=end, evidence=dict(evidence)
+            )
 
         when_settled(self._writer.submit(op), released, failed)
 
@@ -335,17 +396,30 @@ class Leasing:
         now, key = self._clock.wall(), worker.peer.key
         meta = {**facts_for_meta(worker.facts), **done.meta, "attempt": done.attempt}
         if done.error is not None:
-            kind = FailureKind(done.error) if done.error in set(FailureKind) else FailureKind.ENGINE
+            kind = (
+                FailureKind(done.error) if done.error in set(FailureKind) else FailureKind.ENGINE
+            )
             failure = Failure(kind=kind, message=done.message)
-            return lambda store: store.fail(done.request, done.attempt, key, now, failure=failure, meta=meta)
+            return lambda store: store.fail(
+                done.request, done.attempt, key, now, failure=failure, meta=meta
+            )
         object_key = None if done.parts is None else _object_key(done.request, done.attempt)
         inline = None if object_key is not None else (done.inline or b"")
         result = ResultRef(size_bytes=done.size if inline is None else len(inline), key=object_key)
-        return lambda store: store.complete(done.request, done.attempt, key, now, result=result, inline=inline, meta=meta)
+        return lambda store: store.complete(
+            done.request, done.attempt, key, now, result=result, inline=inline, meta=meta
+        )
 
-    def _acknowledge(self, worker: Worker, done: m.Done, *, accepted: bool, detail: str = "") -> None:
+    def _acknowledge(
+        self, worker: Worker, done: m.Done, *, accepted: bool, detail: str = ""
+    ) -> None:
         self._failpoints.hit("relay.send.done.before")
-        self._tell(worker.peer.key, m.Ack(request=done.request, attempt=done.attempt, accepted=accepted, detail=detail[:200]))
+        self._tell(
+            worker.peer.key,
+            m.Ack(
+                request=done.request, attempt=done.attempt, accepted=accepted, detail=detail[:200]
+            ),
+        )
         self._failpoints.hit("relay.send.done.after")
 
     def _tell(self, key: str, message: m.FromRelay) -> None:

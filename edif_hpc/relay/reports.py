@@ -12,7 +12,9 @@ from edif_hpc.relay.seats import Worker
 
 
 def nnsight_status(
-    deployments: Iterable[Deployment], workers: Iterable[Worker], provisions: Mapping[str, tuple[Provision, str]]
+    deployments: Iterable[Deployment],
+    workers: Iterable[Worker],
+    provisions: Mapping[str, tuple[Provision, str]],
 ) -> dict[str, Any]:
     """The `deployments` of `/status`: one entry a replica, or one for a deployment that has none.
 
@@ -26,7 +28,9 @@ def nnsight_status(
             state = "RUNNING" if worker.serves else "DEPLOYING"
             level = "HOT" if worker.serves else "WARM"
             entries[f"{deployment.name}/{worker.peer.slot}"] = _entry(deployment, level, state) | {
-                "isolation": worker.facts.get("isolation"), "dtype": deployment.dtype, "commit": worker.facts.get("commit")
+                "isolation": worker.facts.get("isolation"),
+                "dtype": deployment.dtype,
+                "commit": worker.facts.get("commit"),
             }
         if not mine:
             provision, why = provisions[deployment.name]
@@ -44,10 +48,15 @@ def environment(workers: Iterable[Worker]) -> dict[str, Any]:
     return {"python_version": facts.get("python_version", ""), "packages": facts["packages"]}
 
 
-def processes(allocations: Iterable[Allocation], workers: Iterable[Worker], now: float) -> list[dict[str, Any]]:
+def processes(
+    allocations: Iterable[Allocation], workers: Iterable[Worker], now: float
+) -> list[dict[str, Any]]:
     """One line an allocation, with its worker if one is connected."""
     by_allocation = {each.peer.allocation: each for each in workers}
-    return [_line(each, by_allocation.get(each.id), now) for each in sorted(allocations, key=lambda a: (a.deployment, a.slot))]
+    return [
+        _line(each, by_allocation.get(each.id), now)
+        for each in sorted(allocations, key=lambda a: (a.deployment, a.slot))
+    ]
 
 
 def _entry(deployment: Deployment, level: str, state: str) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class Scheduler:
 
     async def _rarely(self, now: float) -> None:
         for allocation_id in self.fleet.lost(now):
-            await self.fleet.end(allocation_id, cause="lost", detail="neither its pilot nor its worker was heard of")
+            await self.fleet.end(
+                allocation_id, cause="lost", detail="neither its pilot nor its worker was heard of"
+            )
         await self.broker.retain(self.retention_s)
         await self.objects.sweep()

@@ -47,9 +47,19 @@ class Worker:
 
     def seat(self, now: float, times: RunTimes) -> Seat:
         """This worker as `domain.dispatch` sees it."""
-        running = [times.remaining_s(now - each.started_at) for each in self.leases.values() if each.started_at is not None]
+        running = [
+            times.remaining_s(now - each.started_at)
+            for each in self.leases.values()
+            if each.started_at is not None
+        ]
         waiting = len(self.leases) - len(running)
-        busy_for_s = (min(running) if running else 0.0) + (times.typical_s * max(0, waiting - 1 if running else waiting))
+        busy_for_s = (min(running) if running else 0.0) + (
+            times.typical_s * max(0, waiting - 1 if running else waiting)
+        )
         return Seat(
-            peer=self.peer.key, executors=self.executors, held=len(self.leases), window=self.window, busy_for_s=busy_for_s
+            peer=self.peer.key,
+            executors=self.executors,
+            held=len(self.leases),
+            window=self.window,
+            busy_for_s=busy_for_s,
         )

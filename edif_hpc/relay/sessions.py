@@ -68,7 +68,9 @@ class Session:
 
     @staticmethod
     def _replaces(new: Update, old: Update) -> bool:
-        return new.request_id == old.request_id and new.status == old.status != LOG and not old.final
+        return (
+            new.request_id == old.request_id and new.status == old.status != LOG and not old.final
+        )
 
 
 class Sessions:
@@ -87,7 +89,9 @@ class Sessions:
         """The session of that id; `NotFound` if it is closed or another token's."""
         session = self._open.get(session_id)
         if session is None or session.owner != owner:
-            raise NotFound("the session does not exist (any more); open the connection again, i.e. run the trace again")
+            raise NotFound(
+                "the session does not exist (any more); open the connection again, i.e. run the trace again"
+            )
         return session
 
     def close(self, session: Session) -> None:

@@ -20,8 +20,8 @@ from edif_hpc.errors import LocalProtocolError, NotFound, RemoteProtocolError
 from edif_hpc.objects.base import PART_BYTES
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.fleet import Fleet
-from edif_hpc.relay.seats import Worker
 from edif_hpc.relay.leasing import Leasing
+from edif_hpc.relay.seats import Worker
 from edif_hpc.store.base import Grant
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
@@ -58,7 +58,14 @@ class WorkerGateway:
     """All connections of peers."""
 
     def __init__(
-        self, *, fleet: Fleet, leasing: Leasing, board: Board, clock: Clock, rules: Rules, blob_link: Callable[[str], str]
+        self,
+        *,
+        fleet: Fleet,
+        leasing: Leasing,
+        board: Board,
+        clock: Clock,
+        rules: Rules,
+        blob_link: Callable[[str], str],
     ) -> None:
         self._fleet, self._leasing, self._board, self._clock = fleet, leasing, board, clock
         self._rules, self._blob_link = rules, blob_link
@@ -80,12 +87,21 @@ class WorkerGateway:
         for each in batch:
             peer = self._fleet.peer(each.key)
             if peer is None:
-                self._send(each.route, m.Refused(code="not_authenticated", detail="this key was revoked: its allocation has ended"))
+                self._send(
+                    each.route,
+                    m.Refused(
+                        code="not_authenticated",
+                        detail="this key was revoked: its allocation has ended",
+                    ),
+                )
                 continue
             try:
                 self._handle(each, peer)
             except RemoteProtocolError as error:
-                _log.warning("a peer broke the protocol", extra={"event": "peer_fault", "peer": peer.key[:8], "reason": str(error)})
+                _log.warning(
+                    "a peer broke the protocol",
+                    extra={"event": "peer_fault", "peer": peer.key[:8], "reason": str(error)},
+                )
                 self._send(each.route, m.Refused(code=error.code, detail=str(error)))
 
     def _handle(self, incoming: Incoming, peer: Peer) -> None:
@@ -146,9 +162,19 @@ class WorkerGateway:
             case m.Report() if message.event == "worker_exited":
                 self._worker_died(allocation, message)
             case m.Report():
-                _log.info("pilot", extra={"event": "pilot_report", "allocation": allocation, "report": message.event, "detail": message.detail[-500:]})
+                _log.info(
+                    "pilot",
+                    extra={
+                        "event": "pilot_report",
+                        "allocation": allocation,
+                        "report": message.event,
+                        "detail": message.detail[-500:],
+                    },
+                )
             case m.Goodbye():
-                self._worker_died(allocation, m.Report(event="worker_exited", detail=message.cause))
+                self._worker_died(
+                    allocation, m.Report(event="worker_exited", detail=message.cause)
+                )
                 self._board.background(self._fleet.end(allocation, cause=message.cause))
             case _:
                 return
@@ -157,10 +183,20 @@ class WorkerGateway:
 
     def _worker_hello(self, link: _Link, hello: m.Hello) -> None:
         old = self._fleet.workers.get(link.peer.key)
-        worker = Worker(peer=link.peer, nonce=hello.nonce, state=hello.state, heard_at=link.session.heard_at, facts=hello.facts)
+        worker = Worker(
+            peer=link.peer,
+            nonce=hello.nonce,
+            state=hello.state,
+            heard_at=link.session.heard_at,
+            facts=hello.facts,
+        )
         same_process = old is None or old.nonce == hello.nonce
         if old is not None and same_process:
-            worker.window, worker.executors, worker.draining = old.window, old.executors, old.draining
+            worker.window, worker.executors, worker.draining = (
+                old.window,
+                old.executors,
+                old.draining,
+            )
         self._fleet.workers[link.peer.key] = worker
         kept = self._leasing.greeted(worker, hello.held, same_process=same_process)
         self._welcome(link, keep=kept)
@@ -187,7 +223,11 @@ class WorkerGateway:
         return {**asdict(deployment), "model_key": deployment.model_key.render()}, False
 
     def _worker_state(self, worker: Worker, message: m.State) -> None:
-        worker.state, worker.detail, worker.progress = message.state, message.detail, message.progress
+        worker.state, worker.detail, worker.progress = (
+            message.state,
+            message.detail,
+            message.progress,
+        )
         worker.draining = worker.draining or message.state == "draining"
         if message.facts:
             worker.facts = message.facts
@@ -203,14 +243,21 @@ class WorkerGateway:
         self._links.pop(link.peer.key, None)
         self._fleet.workers.pop(link.peer.key, None)
         self._leasing.gone(link.peer.key, LeaseEnd.DRAINED, {"cause": message.cause})
-        _log.info("a worker left", extra={"event": "worker_left", "worker": link.peer.key[:8], "cause": message.cause})
+        _log.info(
+            "a worker left",
+            extra={"event": "worker_left", "worker": link.peer.key[:8], "cause": message.cause},
+        )
 
     def _worker_died(self, allocation: str, report: m.Report) -> None:
         for key, worker in list(self._fleet.workers.items()):
             if worker.peer.allocation == allocation:
                 del self._fleet.workers[key]
                 self._links.pop(key, None)
-                self._leasing.gone(key, LeaseEnd.WORKER_LOST, {"cause": report.detail[-200:] or "its process ended"})
+                self._leasing.gone(
+                    key,
+                    LeaseEnd.WORKER_LOST,
+                    {"cause": report.detail[-200:] or "its process ended"},
+                )
         self._board.show_positions()
 
     async def _urls(self, link: _Link, worker: Worker, need: m.Need) -> None:
@@ -234,7 +281,9 @@ class WorkerGateway:
             env=dict(request.env),
             limits={key: float(value) for key, value in asdict(request.limits).items()},
             blob=grant.blob,
-            blob_url="" if grant.blob is not None else self._rules.base_url + self._blob_link(request.id),
+            blob_url=""
+            if grant.blob is not None
+            else self._rules.base_url + self._blob_link(request.id),
             blob_bytes=request.blob_bytes,
             blob_sha256=request.blob_sha256,
             ahead=ahead,
@@ -267,7 +316,9 @@ class WorkerGateway:
             if now - worker.heard_at > self._rules.lease_s:
                 del self._fleet.workers[key]
                 self._links.pop(key, None)
-                _log.warning("a worker is silent", extra={"event": "worker_silent", "worker": key[:8]})
+                _log.warning(
+                    "a worker is silent", extra={"event": "worker_silent", "worker": key[:8]}
+                )
 
     def drain_socket(self) -> None:
         """Handle everything that lies unread in the socket."""

@@ -35,6 +35,7 @@ class PilotOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     join_token: str
     scratch: str
     engine: EngineFacts = EngineFacts()
+    worker_module: str = "edif_hpc.worker.app"  #: what the pilot runs as its worker
 
 
 class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -59,13 +59,22 @@ class LocalSubmitter:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "edif_hpc.slurm.submit"],
-                input=json.dumps(spec), capture_output=True, text=True, start_new_session=True, check=False, timeout=_SUBMIT_TIMEOUT_S,
+                input=json.dumps(spec),
+                capture_output=True,
+                text=True,
+                start_new_session=True,
+                check=False,
+                timeout=_SUBMIT_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"submitit did not answer within {_SUBMIT_TIMEOUT_S:.0f} s for {submission.name}; its folder: {submission.folder}") from error
+            raise LaunchError(
+                f"submitit did not answer within {_SUBMIT_TIMEOUT_S:.0f} s for {submission.name}; its folder: {submission.folder}"
+            ) from error
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            raise LaunchError(f"submitit could not start {submission.name} (exit {done.returncode}): {last[0]}")
+            raise LaunchError(
+                f"submitit could not start {submission.name} (exit {done.returncode}): {last[0]}"
+            )
         return done.stdout.strip()
 
 
@@ -74,7 +83,9 @@ def check_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise LaunchError(f"others may write to {folder}, and what lies there is executed; chmod 700 it, or choose another folder")
+        raise LaunchError(
+            f"others may write to {folder}, and what lies there is executed; chmod 700 it, or choose another folder"
+        )
 
 
 def _submit_local(spec: dict[str, str | int | None]) -> str:
@@ -82,7 +93,12 @@ def _submit_local(spec: dict[str, str | int | None]) -> str:
 
     executor = submitit.LocalExecutor(folder=str(spec["folder"]))
     walltime = spec["walltime_min"] or _YEAR_MIN
-    executor.update_parameters(name=spec["name"], timeout_min=walltime, signal_delay_s=spec["signal_lead_s"], stderr_to_stdout=True)
+    executor.update_parameters(
+        name=spec["name"],
+        timeout_min=walltime,
+        signal_delay_s=spec["signal_lead_s"],
+        stderr_to_stdout=True,
+    )
     return str(executor.submit(enter, str(spec["order"])).job_id)
 
 
@@ -90,7 +106,9 @@ def _main() -> None:
     # What submitit starts inherits our descriptors and would keep the caller's pipes open: give it a log instead.
     answer = os.fdopen(os.dup(1), "w")
     spec = json.load(sys.stdin)
-    log = os.open(Path(spec["folder"]) / "submit.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(
+        Path(spec["folder"]) / "submit.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
+    )
     error = os.dup(2)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -89,4 +89,16 @@ class Fatal:
     detail: str
 
 
-Action = Send | Run | Kill | Urls | UploadAgain | Settled | Welcomed | Draining | Reconnect | Leave | Fatal
+Action = (
+    Send
+    | Run
+    | Kill
+    | Urls
+    | UploadAgain
+    | Settled
+    | Welcomed
+    | Draining
+    | Reconnect
+    | Leave
+    | Fatal
+)

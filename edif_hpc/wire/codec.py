@@ -28,7 +28,9 @@ def encode(message: Message, *, limit_bytes: int = MAX_PEER_FRAME_BYTES) -> byte
     """One message as a frame; `LocalProtocolError` if the other side would refuse it."""
     frame = _encoder.encode(message)
     if len(frame) > limit_bytes:
-        raise LocalProtocolError(f"a {type(message).__name__} of {len(frame)} bytes is over the limit of {limit_bytes}")
+        raise LocalProtocolError(
+            f"a {type(message).__name__} of {len(frame)} bytes is over the limit of {limit_bytes}"
+        )
     return frame
 
 
@@ -44,8 +46,12 @@ def decode_from_relay(frame: bytes) -> FromRelay:
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes, limit_bytes: int) -> _T:
     if len(frame) > limit_bytes:
-        raise RemoteProtocolError(f"a frame of {len(frame)} bytes is over the limit of {limit_bytes}")
+        raise RemoteProtocolError(
+            f"a frame of {len(frame)} bytes is over the limit of {limit_bytes}"
+        )
     try:
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RemoteProtocolError(f"a frame of {len(frame)} bytes is not a message: {error}") from error
+        raise RemoteProtocolError(
+            f"a frame of {len(frame)} bytes is not a message: {error}"
+        ) from error

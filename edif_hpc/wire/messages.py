@@ -241,4 +241,6 @@ class Beat(Message, frozen=True, tag="beat"):
 
 
 FromPeer = Hello | State | Pull | Started | Renew | Log | Need | Done | Return | Report | Goodbye
-FromRelay = Welcome | Refused | Grant | Parts | Ack | Reupload | Abandon | Cancel | Steal | Drain | Beat
+FromRelay = (
+    Welcome | Refused | Grant | Parts | Ack | Reupload | Abandon | Cancel | Steal | Drain | Beat
+)

@@ -78,13 +78,26 @@ class WorkerSession:
         self._heard_at = now
         return self._greet(now)
 
-    def changed(self, state: str, *, detail: str = "", progress: float | None = None, facts: dict[str, object] | None = None) -> list[Action]:
+    def changed(
+        self,
+        state: str,
+        *,
+        detail: str = "",
+        progress: float | None = None,
+        facts: dict[str, object] | None = None,
+    ) -> list[Action]:
         """The worker's own state changed; a warm worker says how much it takes."""
         self.state = state
         self.facts = facts if facts is not None else self.facts
         if self.link is Link.GREETING:
             return []
-        out: list[Action] = [Send(message=m.State(state=state, detail=detail[:200], progress=progress, facts=facts or {}))]
+        out: list[Action] = [
+            Send(
+                message=m.State(
+                    state=state, detail=detail[:200], progress=progress, facts=facts or {}
+                )
+            )
+        ]
         return out + self._pull()
 
     def began(self, request: str, attempt: int) -> list[Action]:
@@ -110,7 +123,9 @@ class WorkerSession:
             return []
         return self._give_back(request, lease, LeaseEnd.RELEASED) + self._maybe_leave()
 
-    def returned(self, request: str, attempt: int, end: LeaseEnd, evidence: dict[str, str]) -> list[Action]:
+    def returned(
+        self, request: str, attempt: int, end: LeaseEnd, evidence: dict[str, str]
+    ) -> list[Action]:
         """An attempt ended without an answer (its executor died): the relay decides whether it runs again."""
         lease = self._mine(request, attempt)
         if lease is None:
@@ -129,7 +144,14 @@ class WorkerSession:
             out += self.changed("draining", detail=reason)
         for request, lease in list(self._leases.items()):
             if not lease.started and lease.done is None:
-                out.append(Kill(request=request, attempt=lease.grant.attempt, reason="drained", report=False))
+                out.append(
+                    Kill(
+                        request=request,
+                        attempt=lease.grant.attempt,
+                        reason="drained",
+                        report=False,
+                    )
+                )
                 out += self._give_back(request, lease, LeaseEnd.DRAINED)
         return out + self._maybe_leave()
 
@@ -171,7 +193,10 @@ class WorkerSession:
             case m.Reupload():
                 return self._reupload(message)
             case m.Abandon():
-                return self._forget(message.request, message.attempt, "abandoned") + self._maybe_leave()
+                return (
+                    self._forget(message.request, message.attempt, "abandoned")
+                    + self._maybe_leave()
+                )
             case m.Cancel():
                 return self._cancel(message)
             case m.Steal():
@@ -201,11 +226,20 @@ class WorkerSession:
         return lease if lease is not None and lease.grant.attempt == attempt else None
 
     def _held(self) -> list[m.Held]:
-        return [m.Held(request=key, attempt=each.grant.attempt, started=each.started) for key, each in self._leases.items()]
+        return [
+            m.Held(request=key, attempt=each.grant.attempt, started=each.started)
+            for key, each in self._leases.items()
+        ]
 
     def _greet(self, now: float) -> list[Action]:
         self._sent_at = now
-        hello = m.Hello(versions=sorted(m.SUPPORTED_VERSIONS), nonce=self.nonce, held=self._held(), state=self.state, facts=self.facts)
+        hello = m.Hello(
+            versions=sorted(m.SUPPORTED_VERSIONS),
+            nonce=self.nonce,
+            held=self._held(),
+            state=self.state,
+            facts=self.facts,
+        )
         return [Send(message=hello)]
 
     def _pull(self) -> list[Action]:
@@ -239,11 +273,19 @@ class WorkerSession:
 
     def _grant(self, message: m.Grant) -> list[Action]:
         if self._drain is not None or not self._talking:
-            return [Send(message=m.Return(request=message.request, attempt=message.attempt, reason=LeaseEnd.DRAINED))]
+            return [
+                Send(
+                    message=m.Return(
+                        request=message.request, attempt=message.attempt, reason=LeaseEnd.DRAINED
+                    )
+                )
+            ]
         old = self._leases.get(message.request)
         if old is not None and old.grant.attempt >= message.attempt:
             return []
-        out = self._forget(message.request, old.grant.attempt, "replaced") if old is not None else []
+        out = (
+            self._forget(message.request, old.grant.attempt, "replaced") if old is not None else []
+        )
         self._leases[message.request] = _Lease(grant=message)
         return [*out, Run(grant=message)]
 
@@ -266,22 +308,38 @@ class WorkerSession:
         if lease is None or lease.killing:
             return []
         if lease.done is not None:
-            return self._forget(message.request, message.attempt, message.reason) + self._maybe_leave()
+            return (
+                self._forget(message.request, message.attempt, message.reason)
+                + self._maybe_leave()
+            )
         lease.killing = True
-        return [Kill(request=message.request, attempt=message.attempt, reason=message.reason, report=True)]
+        return [
+            Kill(
+                request=message.request,
+                attempt=message.attempt,
+                reason=message.reason,
+                report=True,
+            )
+        ]
 
     def _steal(self, message: m.Steal) -> list[Action]:
         lease = self._mine(message.request, message.attempt)
         if lease is None or lease.started or lease.done is not None:
             return []
-        kill = Kill(request=message.request, attempt=message.attempt, reason="stolen", report=False)
+        kill = Kill(
+            request=message.request, attempt=message.attempt, reason="stolen", report=False
+        )
         return [kill, *self._give_back(message.request, lease, LeaseEnd.STOLEN)]
 
-    def _give_back(self, request: str, lease: _Lease, end: LeaseEnd, evidence: dict[str, str] | None = None) -> list[Action]:
+    def _give_back(
+        self, request: str, lease: _Lease, end: LeaseEnd, evidence: dict[str, str] | None = None
+    ) -> list[Action]:
         del self._leases[request]
         if not self._talking:
             return []  # the next Hello does not present it, which gives it back
-        back = m.Return(request=request, attempt=lease.grant.attempt, reason=end, evidence=evidence or {})
+        back = m.Return(
+            request=request, attempt=lease.grant.attempt, reason=end, evidence=evidence or {}
+        )
         return [Send(message=back)]
 
     def _forget(self, request: str, attempt: int, reason: str) -> list[Action]:

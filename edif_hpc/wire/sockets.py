@@ -52,10 +52,14 @@ class KeyPair:
     def load(cls, path: Path) -> KeyPair:
         """Read a pair that `save` wrote; refuses a file that others may read."""
         if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{path} holds a private key and others may read it; chmod 600 {path}")
+            raise SettingsError(
+                f"{path} holds a private key and others may read it; chmod 600 {path}"
+            )
         public, _, secret = path.read_text().strip().partition(" ")
         if len(public) != len(secret) or len(secret) != 40:
-            raise SettingsError(f"{path} is not a key file; make a new one with `edif-hpc relay init`")
+            raise SettingsError(
+                f"{path} is not a key file; make a new one with `edif-hpc relay init`"
+            )
         return cls(public=public, secret=secret)
 
     def save(self, path: Path) -> None:
@@ -94,7 +98,9 @@ _EVENTS = {
 class _Pump:
     """Reads one socket on the running loop, in batches."""
 
-    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[list[zmq.Frame]]], None]) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], handle: Callable[[list[list[zmq.Frame]]], None]
+    ) -> None:
         self._socket = socket
         self._handle = handle
         self._loop = asyncio.get_running_loop()
@@ -122,7 +128,11 @@ class _Pump:
 
     def again(self) -> None:
         """Look once more soon: a send may have swallowed the edge that announced a message."""
-        if not self._scheduled and not self._closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if (
+            not self._scheduled
+            and not self._closed
+            and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN
+        ):
             self._scheduled = True
             self._loop.call_soon(self.drain)
 
@@ -142,7 +152,9 @@ def _monitor(socket: zmq.Socket[bytes], tell: Callable[[LinkEvent, str], None]) 
 
     def handle(batch: list[list[zmq.Frame]]) -> None:
         for frames in batch:
-            event = zmq.utils.monitor.parse_monitor_message([bytes(frame.buffer) for frame in frames])
+            event = zmq.utils.monitor.parse_monitor_message(
+                [bytes(frame.buffer) for frame in frames]
+            )
             kind = _EVENTS.get(event["event"])
             if kind is not None:
                 tell(kind, event["endpoint"].decode(errors="replace"))
@@ -176,7 +188,14 @@ class _Allow:
 class Router:
     """The relay's socket: binds, lets known keys in, names the sender of each message."""
 
-    def __init__(self, *, bind: str, keys: KeyPair, known: Callable[[str], bool], on_batch: Callable[[list[Incoming]], None]) -> None:
+    def __init__(
+        self,
+        *,
+        bind: str,
+        keys: KeyPair,
+        known: Callable[[str], bool],
+        on_batch: Callable[[list[Incoming]], None],
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
         self._auth.start()
@@ -196,7 +215,9 @@ class Router:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self.close()
-            raise SettingsError(f"cannot listen for workers on {bind}: {error}; choose another address or port") from error
+            raise SettingsError(
+                f"cannot listen for workers on {bind}: {error}; choose another address or port"
+            ) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._pump = _Pump(self._socket, self._receive)
 
@@ -230,23 +251,37 @@ class Router:
         for frames in batch:
             route = bytes(frames[0].buffer)
             if len(frames) != 2 or route[:1] != b"\0":
-                _log.warning("dropped a message", extra={"event": "wire_dropped", "frames": len(frames)})
+                _log.warning(
+                    "dropped a message", extra={"event": "wire_dropped", "frames": len(frames)}
+                )
                 continue
-            incoming.append(Incoming(route=route, key=str(frames[1].get("User-Id")), frame=bytes(frames[1].buffer)))
+            incoming.append(
+                Incoming(
+                    route=route, key=str(frames[1].get("User-Id")), frame=bytes(frames[1].buffer)
+                )
+            )
         if incoming:
             self._on_batch(incoming)
 
     def _saw(self, event: LinkEvent, endpoint: str) -> None:
         if event in (LinkEvent.REFUSED, LinkEvent.MISMATCH):
             self.refusals += 1
-            _log.warning("a peer's handshake failed", extra={"event": "handshake_failed", "kind": str(event), "endpoint": endpoint})
+            _log.warning(
+                "a peer's handshake failed",
+                extra={"event": "handshake_failed", "kind": str(event), "endpoint": endpoint},
+            )
 
 
 class Dealer:
     """A peer's socket: dials the relay. `reconnect` makes a new connection, hence a new routing id."""
 
     def __init__(
-        self, *, endpoint: str, server_key: str, keys: KeyPair, on_batch: Callable[[list[bytes]], None],
+        self,
+        *,
+        endpoint: str,
+        server_key: str,
+        keys: KeyPair,
+        on_batch: Callable[[list[bytes]], None],
         on_event: Callable[[LinkEvent, str], None],
     ) -> None:
         self._endpoint, self._server_key, self._keys = endpoint, server_key, keys

@@ -19,7 +19,18 @@ from edif_hpc.wire import messages as m
 
 UNKNOWN_SESSION = "unknown_session"
 
-_WORKER_SAYS = (m.Hello, m.State, m.Pull, m.Started, m.Renew, m.Log, m.Need, m.Done, m.Return, m.Goodbye)
+_WORKER_SAYS = (
+    m.Hello,
+    m.State,
+    m.Pull,
+    m.Started,
+    m.Renew,
+    m.Log,
+    m.Need,
+    m.Done,
+    m.Return,
+    m.Goodbye,
+)
 _PILOT_SAYS = (m.Hello, m.State, m.Renew, m.Report, m.Goodbye)
 
 #: Which messages each role may send.
@@ -60,7 +71,9 @@ class RelaySession:
         if isinstance(message, m.Hello):
             return self._hello(message)
         if self.turn is not Turn.OPEN:
-            return m.Refused(code=UNKNOWN_SESSION, detail=f"{type(message).__name__} before Hello; say Hello")
+            return m.Refused(
+                code=UNKNOWN_SESSION, detail=f"{type(message).__name__} before Hello; say Hello"
+            )
         if isinstance(message, m.Goodbye):
             self.turn = Turn.GONE
         return None

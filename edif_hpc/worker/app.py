@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from edif_hpc.telemetry import set_up_logging
 from edif_hpc.wire.sockets import Dealer, KeyPair
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import EngineSpec, Level
+from edif_hpc.worker.runtime import Engine as EnginePort
 from edif_hpc.worker.runtime import Exit, WorkerRuntime
 from edif_hpc.worker.transfer import Transfer
 
 _PR_SET_PDEATHSIG = 1
+
+MakeEngine = Callable[[Mapping[str, Any]], EnginePort]
 
 
 def engine_spec(deployment: Mapping[str, Any], facts: EngineFacts, scratch: Path) -> EngineSpec:
@@ -47,12 +50,17 @@ def engine_spec(deployment: Mapping[str, Any], facts: EngineFacts, scratch: Path
     )
 
 
-async def _serve(order: WorkerOrder) -> Exit:
+def real_engine(order: WorkerOrder) -> MakeEngine:
+    """The engine that runs nnsight."""
+    return lambda deployment: Engine(engine_spec(deployment, order.engine, Path(order.scratch)))
+
+
+async def _serve(order: WorkerOrder, make_engine: MakeEngine) -> Exit:
     scratch = Path(order.scratch)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, mode=0o700)
     runtime = WorkerRuntime(
-        make_engine=lambda deployment: Engine(engine_spec(deployment, order.engine, scratch)),
+        make_engine=make_engine,
         transfer=Transfer(),
         scratch=scratch,
         clock=SystemClock(),
@@ -72,13 +80,13 @@ async def _serve(order: WorkerOrder) -> Exit:
     return await runtime.run(dealer)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], engine: Callable[[WorkerOrder], MakeEngine] = real_engine) -> int:
     """Run one worker; the exit codes are `runtime.Exit`."""
     _follow(int(argv[2]))
     order = read_worker_order(Path(argv[1]))
     set_up_logging(order.engine.log_level, process="worker")
     try:
-        return int(asyncio.run(_serve(order)))
+        return int(asyncio.run(_serve(order, engine(order))))
     except EdifError as error:
         sys.stderr.write(f"worker: {error}\n")
         return 1

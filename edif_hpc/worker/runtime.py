@@ -124,7 +124,9 @@ class WorkerRuntime:
             ticking.cancel()
         for running in list(self._running.values()):
             running.task.cancel()
-        await asyncio.gather(*(each.task for each in self._running.values()), return_exceptions=True)
+        await asyncio.gather(
+            *(each.task for each in self._running.values()), return_exceptions=True
+        )
         if self._engine is not None:
             await self._engine.stop()
         await self.transfer.close()
@@ -146,10 +148,16 @@ class WorkerRuntime:
     def saw(self, event: LinkEvent, endpoint: str) -> None:
         """The socket monitor's words."""
         if event is LinkEvent.REFUSED:
-            _log.error("the relay refuses this worker's key: its allocation has ended, or it never joined", extra={"event": "refused", "endpoint": endpoint})
+            _log.error(
+                "the relay refuses this worker's key: its allocation has ended, or it never joined",
+                extra={"event": "refused", "endpoint": endpoint},
+            )
             self._end(Exit.REFUSED)
         elif event is LinkEvent.MISMATCH:
-            _log.error("what answers is not our relay (wrong server key, or not ZeroMQ)", extra={"event": "mismatch", "endpoint": endpoint})
+            _log.error(
+                "what answers is not our relay (wrong server key, or not ZeroMQ)",
+                extra={"event": "mismatch", "endpoint": endpoint},
+            )
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -190,10 +198,14 @@ class WorkerRuntime:
                     await self._fetch(grant, blob_file)
                 self.failpoints.hit("worker.run.before")
                 self._do(self._session.began(grant.request, grant.attempt))
-                outcome = await engine.run(_job(grant, blob_file), lambda text: self._log(grant, text))
+                outcome = await engine.run(
+                    _job(grant, blob_file), lambda text: self._log(grant, text)
+                )
                 self.failpoints.hit("worker.run.after")
             except BlobDamaged as error:
-                outcome = Failed(kind=FailureKind.DAMAGED, message=f"{error}; send it again", meta={})
+                outcome = Failed(
+                    kind=FailureKind.DAMAGED, message=f"{error}; send it again", meta={}
+                )
             finally:
                 if blob_file is not None:
                     blob_file.unlink(missing_ok=True)
@@ -202,21 +214,34 @@ class WorkerRuntime:
     async def _fetch(self, grant: m.Grant, target: Path) -> None:
         while True:
             try:
-                await self.transfer.fetch(grant.blob_url, target, size_bytes=grant.blob_bytes, sha256=grant.blob_sha256)
+                await self.transfer.fetch(
+                    grant.blob_url, target, size_bytes=grant.blob_bytes, sha256=grant.blob_sha256
+                )
             except Unavailable as error:
-                _log.warning("a blob is not to be had yet", extra={"event": "blob_retry", "request": grant.request, "reason": str(error)})
-                await asyncio.sleep(_RETRY_S)  # the relay is away; the lease says how long this makes sense
+                _log.warning(
+                    "a blob is not to be had yet",
+                    extra={"event": "blob_retry", "request": grant.request, "reason": str(error)},
+                )
+                await asyncio.sleep(
+                    _RETRY_S
+                )  # the relay is away; the lease says how long this makes sense
             else:
                 return
 
     async def _answer(self, grant: m.Grant, outcome: Outcome) -> None:
         end = _lease_end(outcome)
         if isinstance(outcome, Failed) and end is not None:
-            self._do(self._session.returned(grant.request, grant.attempt, end, {"cause": outcome.message[:200]}))
+            self._do(
+                self._session.returned(
+                    grant.request, grant.attempt, end, {"cause": outcome.message[:200]}
+                )
+            )
             return
         if isinstance(outcome, Saved) and outcome.file is not None:
             self._files[grant.request, grant.attempt] = outcome.file
-            done = m.Done(request=grant.request, attempt=grant.attempt, size=outcome.size, meta=outcome.meta)
+            done = m.Done(
+                request=grant.request, attempt=grant.attempt, size=outcome.size, meta=outcome.meta
+            )
             await self._upload(done, outcome.file)
             return
         self._finish(_done(grant, outcome))
@@ -229,10 +254,21 @@ class WorkerRuntime:
             try:
                 parts = await self.transfer.upload(source, done.size, self._part_bytes, ask)
             except Unavailable as error:
-                _log.warning("a result is not up yet", extra={"event": "upload_retry", "request": done.request, "reason": str(error)})
+                _log.warning(
+                    "a result is not up yet",
+                    extra={"event": "upload_retry", "request": done.request, "reason": str(error)},
+                )
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self._finish(m.Done(request=done.request, attempt=done.attempt, size=done.size, parts=parts, meta=done.meta))
+            self._finish(
+                m.Done(
+                    request=done.request,
+                    attempt=done.attempt,
+                    size=done.size,
+                    parts=parts,
+                    meta=done.meta,
+                )
+            )
             return
 
     async def _ask(self, request: str, attempt: int, first: int, count: int) -> PartUrls:
@@ -242,7 +278,9 @@ class WorkerRuntime:
             future = self._urls.setdefault(key, asyncio.get_running_loop().create_future())
             self._send(need)
             try:
-                return await asyncio.wait_for(asyncio.shield(future), 2 * self._session.heartbeat_s)
+                return await asyncio.wait_for(
+                    asyncio.shield(future), 2 * self._session.heartbeat_s
+                )
             except TimeoutError:
                 continue  # the question or its answer was lost
             finally:
@@ -257,7 +295,13 @@ class WorkerRuntime:
     def _log(self, grant: m.Grant, text: str) -> None:
         if self._session.link is not Link.GREETING:
             for start in range(0, len(text), _LOG_TEXT // 4):
-                self._send(m.Log(request=grant.request, attempt=grant.attempt, text=text[start : start + _LOG_TEXT // 4]))
+                self._send(
+                    m.Log(
+                        request=grant.request,
+                        attempt=grant.attempt,
+                        text=text[start : start + _LOG_TEXT // 4],
+                    )
+                )
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
@@ -267,14 +311,18 @@ class WorkerRuntime:
                 case a.Send():
                     self._send(action.message)
                 case a.Run():
-                    self._spawn(action.grant.request, action.grant.attempt, self._execute(action.grant))
+                    self._spawn(
+                        action.grant.request, action.grant.attempt, self._execute(action.grant)
+                    )
                 case a.Kill():
                     self._kill(action)
                 case a.Urls():
                     self._arrived(action.parts)
                 case a.UploadAgain():
                     source = self._files[action.done.request, action.done.attempt]
-                    self._spawn(action.done.request, action.done.attempt, self._upload(action.done, source))
+                    self._spawn(
+                        action.done.request, action.done.attempt, self._upload(action.done, source)
+                    )
                 case a.Settled():
                     self._settled(action.request, action.attempt)
                 case a.Welcomed():
@@ -286,11 +334,17 @@ class WorkerRuntime:
                 case a.Leave():
                     self._end(Exit.DRAINED)
                 case a.Fatal():
-                    _log.error("refused by the relay: %s", action.detail, extra={"event": "refused", "code": action.code})
+                    _log.error(
+                        "refused by the relay: %s",
+                        action.detail,
+                        extra={"event": "refused", "code": action.code},
+                    )
                     self._end(Exit.REFUSED)
 
     def _spawn(self, request: str, attempt: int, work: Any) -> None:
-        running = _Running(attempt=attempt, task=asyncio.create_task(work, name=f"run-{request[:8]}"))
+        running = _Running(
+            attempt=attempt, task=asyncio.create_task(work, name=f"run-{request[:8]}")
+        )
         self._running[request] = running
         running.task.add_done_callback(lambda task: self._ended(request, running, task))
 
@@ -301,8 +355,16 @@ class WorkerRuntime:
             self._do(self._session.killed(request, running.attempt))
         elif not task.cancelled() and task.exception() is not None:
             error = task.exception()
-            _log.error("a request could not be run", exc_info=error, extra={"event": "run_failed", "request": request})
-            self._do(self._session.returned(request, running.attempt, LeaseEnd.UNKNOWN, {"cause": repr(error)[:200]}))
+            _log.error(
+                "a request could not be run",
+                exc_info=error,
+                extra={"event": "run_failed", "request": request},
+            )
+            self._do(
+                self._session.returned(
+                    request, running.attempt, LeaseEnd.UNKNOWN, {"cause": repr(error)[:200]}
+                )
+            )
 
     def _kill(self, action: a.Kill) -> None:
         running = self._running.get(action.request)
@@ -328,14 +390,20 @@ class WorkerRuntime:
             self._deployment.set_result(welcome.deployment)
 
     def _reconnect(self, silent_s: float) -> None:
-        _log.warning("the relay is silent; dialling again", extra={"event": "reconnect", "silent_s": round(silent_s, 1)})
+        _log.warning(
+            "the relay is silent; dialling again",
+            extra={"event": "reconnect", "silent_s": round(silent_s, 1)},
+        )
         if self._wire is not None:
             self._wire.reconnect()
         self._do(self._session.connected(self.clock.monotonic()))
 
     def _send(self, message: m.Message) -> None:
         if self._wire is not None and not self._wire.send(codec.encode(message)):
-            _log.warning("a message was not queued", extra={"event": "send_full", "kind": type(message).__name__})
+            _log.warning(
+                "a message was not queued",
+                extra={"event": "send_full", "kind": type(message).__name__},
+            )
 
     @property
     def _draining(self) -> bool:
@@ -355,8 +423,12 @@ class WorkerRuntime:
 
 
 def _job(grant: m.Grant, blob_file: Path | None) -> Job:
-    known = {key: value for key, value in grant.limits.items() if key in Limits.__dataclass_fields__}
-    limits = Limits(**{key: value if key == "wall_s" else int(value) for key, value in known.items()})  # type: ignore[arg-type]
+    known = {
+        key: value for key, value in grant.limits.items() if key in Limits.__dataclass_fields__
+    }
+    limits = Limits(
+        **{key: value if key == "wall_s" else int(value) for key, value in known.items()}
+    )  # type: ignore[arg-type]
     return Job(
         request_id=grant.request,
         attempt=grant.attempt,
@@ -371,8 +443,20 @@ def _job(grant: m.Grant, blob_file: Path | None) -> Job:
 def _done(grant: m.Grant, outcome: Outcome) -> m.Done:
     if isinstance(outcome, Failed):
         message = outcome.message[-60_000:]
-        return m.Done(request=grant.request, attempt=grant.attempt, error=str(outcome.kind), message=message, meta=outcome.meta)
-    return m.Done(request=grant.request, attempt=grant.attempt, size=outcome.size, inline=outcome.inline or b"", meta=outcome.meta)
+        return m.Done(
+            request=grant.request,
+            attempt=grant.attempt,
+            error=str(outcome.kind),
+            message=message,
+            meta=outcome.meta,
+        )
+    return m.Done(
+        request=grant.request,
+        attempt=grant.attempt,
+        size=outcome.size,
+        inline=outcome.inline or b"",
+        meta=outcome.meta,
+    )
 
 
 def _lease_end(outcome: Outcome) -> LeaseEnd | None:
@@ -387,7 +471,11 @@ def _lease_end(outcome: Outcome) -> LeaseEnd | None:
 
 def _facts(info: EngineInfo) -> dict[str, object]:
     """What the relay, `/env`, `ps` and every result's `meta` are told of this worker."""
-    versions = {name: info.packages[name] for name in ("nnsight", "torch", "transformers") if name in info.packages}
+    versions = {
+        name: info.packages[name]
+        for name in ("nnsight", "torch", "transformers")
+        if name in info.packages
+    }
     return {
         "commit": info.commit,
         "dtype": info.dtype,
@@ -402,4 +490,3 @@ def _facts(info: EngineInfo) -> dict[str, object]:
         "attn_implementation": info.attn_implementation,
         "task": info.task,
     }
-

@@ -57,7 +57,9 @@ class Transfer:
         try:
             async with self._http.stream("GET", url) as response:
                 if response.status_code in (403, 404, 410):
-                    raise BlobDamaged(f"the stored request cannot be read any more (HTTP {response.status_code})")
+                    raise BlobDamaged(
+                        f"the stored request cannot be read any more (HTTP {response.status_code})"
+                    )
                 response.raise_for_status()
                 with target.open("wb") as file:
                     async for chunk in response.aiter_bytes(1 << 20):
@@ -67,9 +69,13 @@ class Transfer:
         except httpx.HTTPError as error:
             raise Unavailable(f"cannot fetch the request's bytes: {error!r}") from error
         if count != size_bytes or digest.hexdigest() != sha256:
-            raise BlobDamaged(f"the stored request has {count} bytes and a different checksum than the {size_bytes} that were accepted")
+            raise BlobDamaged(
+                f"the stored request has {count} bytes and a different checksum than the {size_bytes} that were accepted"
+            )
 
-    async def upload(self, source: Path, size_bytes: int, part_bytes: int, ask: AskUrls) -> list[m.Part]:
+    async def upload(
+        self, source: Path, size_bytes: int, part_bytes: int, ask: AskUrls
+    ) -> list[m.Part]:
         """Put a file in parts; returns them in order. `Unavailable` when a part fails too often."""
         count = max(1, -(-size_bytes // part_bytes))
         seats = asyncio.Semaphore(_IN_FLIGHT)
@@ -77,7 +83,9 @@ class Transfer:
 
             async def put(number: int, url: str) -> m.Part:
                 async with seats:
-                    body = await asyncio.to_thread(os.pread, file.fileno(), part_bytes, (number - 1) * part_bytes)
+                    body = await asyncio.to_thread(
+                        os.pread, file.fileno(), part_bytes, (number - 1) * part_bytes
+                    )
                     return await self._put(number, url, body, ask)
 
             parts: list[m.Part] = []
@@ -99,7 +107,9 @@ class Transfer:
                 response = await self._http.put(url, content=body)
             except httpx.HTTPError as error:
                 seen = repr(error)
-                await asyncio.sleep(0.2 * 2**attempt)  # back off from a server that does not answer
+                await asyncio.sleep(
+                    0.2 * 2**attempt
+                )  # back off from a server that does not answer
                 continue
             if response.status_code in (200, 201, 204):
                 return m.Part(number=number, etag=response.headers.get("etag", "").strip('"'))
@@ -108,4 +118,6 @@ class Transfer:
                 url = (await ask(number, 1)).urls[0]
             else:
                 await asyncio.sleep(0.2 * 2**attempt)
-        raise Unavailable(f"part {number} of the result could not be stored after {_TRIES} tries (last: {seen})")
+        raise Unavailable(
+            f"part {number} of the result could not be stored after {_TRIES} tries (last: {seen})"
+        )

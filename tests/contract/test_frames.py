@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import pickletools
+from typing import Any
 
 import pytest
 from nnsight.intervention.backends.remote import RemoteBackend
@@ -15,14 +16,18 @@ from edif_hpc.relay.nnsight_schema import binary_frame, frame, text_frame
 from edif_hpc.relay.sessions import LOG, Update
 
 SIZES = [0, 1, 255, 256, 65_535, 65_536, (1 << 20) - 1, 1 << 20]
-META = {"runtime": 0.5, "error": {"kind": RequestState.ERROR}, 3: [1, None, True, "ü"]}
+META: dict[Any, Any] = {
+    "runtime": 0.5,
+    "error": {"kind": RequestState.ERROR},
+    3: [1, None, True, "ü"],
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_result_in_a_frame(size: int) -> None:
     data = os.urandom(size)
     update = Update(request_id="r1", status="COMPLETED", description="done", meta=META, data=data)
-    found = ResponseModel.unpickle(frame(update))  # type: ignore[arg-type]
+    found = ResponseModel.unpickle(frame(update))
     assert found.data == data
     assert (found.id, found.status, found.description) == ("r1", Status.COMPLETED, "done")
     assert found.meta == {"runtime": 0.5, "error": {"kind": "ERROR"}, "3": [1, None, True, "ü"]}
@@ -58,12 +63,11 @@ def test_a_frame_names_no_class() -> None:
     content = binary_frame(
         Update(request_id="r1", status=RequestState.COMPLETED, meta=META, data=b"x")
     )
-    start, operations = 0, set()
+    start, operations = 0, set[str]()
     while start < len(content):
-        for operation, _, position in pickletools.genops(content[start:]):
-            operations.add(operation.name)
-        assert position is not None
-        start += position + 1
+        pickled = list(pickletools.genops(content[start:]))
+        operations |= {operation.name for operation, _, _ in pickled}
+        start += (pickled[-1][2] or 0) + 1
     assert not operations & {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"}
 
 

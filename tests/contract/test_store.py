@@ -290,6 +290,27 @@ def test_a_write_of_another_holder_or_of_no_attempt_yet_is_stale(
     assert [each.holder for each in store.attempts("r1")] == ["w2", "w1"]
 
 
+@pytest.mark.parametrize(("attempt", "holder"), [(1, "w1"), (1, "w2"), (2, "w1"), (3, "w2")])
+@pytest.mark.parametrize("answer", ["complete", "fail"])
+def test_only_the_attempt_that_answered_may_repeat_it(
+    store: Store, do: Any, answer: str, attempt: int, holder: str
+) -> None:
+    requeued(do)
+    do.lease("r1", "w2", 140.0)
+
+    def say(attempt: int, holder: str) -> Request:
+        if answer == "complete":
+            return complete(do, "r1", attempt, holder, 150.0)
+        ended: Request = do.fail("r1", attempt, holder, 150.0, failure=USER_ERROR, meta={})
+        return ended
+
+    assert say(2, "w2") == say(2, "w2")
+    before = everything(store)
+    with pytest.raises(StaleAttempt):
+        say(attempt, holder)
+    assert everything(store) == before
+
+
 # -- requests ------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ just before or just after the commit, or may be lost with the process: SQLite th
 the files as a SIGKILL would have left them. What was not committed must be gone, what was
 committed must be there, and the invariants must hold at every step.
 
-`MODEL_EXAMPLES=5000 pytest tests/model` looks deeper.
+`MODEL_EXAMPLES=5000 pytest -o faulthandler_timeout=0 tests/model` looks deeper.
 """
 
 from __future__ import annotations
@@ -270,6 +270,22 @@ class QueueMachine(RuleBasedStateMachine):
             self.draft.release(lease, end),
             lambda: self.store.release(*lease, self.now, end=end, evidence={}),
         )
+
+    @rule(lease=leases)
+    def steal(self, lease: tuple[str, int, str]) -> None:
+        """An end like others, but for its race with the start: so it is tried more often."""
+        self.lose(lease, LeaseEnd.STOLEN)
+
+    @rule(request_id=REQUESTS, holder=HOLDERS)
+    def give_up_half_way(self, request_id: str, holder: str) -> None:
+        """An operation that fails after it has written: its savepoint takes all of it back."""
+
+        def op() -> None:
+            with suppress(EdifError):
+                self.store.lease(request_id, holder, self.now)
+            raise Conflict
+
+        self.expect(Conflict, op)
 
     @rule(lease=leases)
     def complete(self, lease: tuple[str, int, str]) -> None:

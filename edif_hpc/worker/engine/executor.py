@@ -18,7 +18,7 @@ import random
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -32,8 +32,17 @@ from edif_hpc.errors import EdifError, NotPermitted, TooLarge
 from edif_hpc.worker.engine import fidelity, memory, saves
 from edif_hpc.worker.engine.console import Allowance, Console
 from edif_hpc.worker.engine.jail import Cell, Jail
-from edif_hpc.worker.engine.messages import TO_EXECUTOR, Broken, Done, Log, Ready, Run, Written
-from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, Channel
+from edif_hpc.worker.engine.messages import (
+    TO_EXECUTOR,
+    Broken,
+    Done,
+    Log,
+    Message,
+    Ready,
+    Run,
+    Written,
+)
+from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, Channel, encode
 from edif_hpc.worker.engine.values import INLINE_BYTES, FailureKind, Plain
 
 SOCKET_FD, RESULT_FD = 3, 4
@@ -90,10 +99,21 @@ def _keep_only(fds: Sequence[int]) -> Channel:
 
 
 def _warm(house: House) -> None:
-    """Run the self-test for its side effects, and forget that it ran."""
-    values = fidelity.execute(house.model, fidelity.unpack(house.selftest, compress=True))
-    store = saves.Store(-1, inline_bytes=1 << 40, max_bytes=1 << 40, report=lambda _: None)
-    saves.write(values, store, compress=True)
+    """Answer the self-test for the side effects, to nobody, and forget that it was."""
+    run = Run(
+        blob=house.selftest,
+        compress=True,
+        env={},
+        model_key="",
+        memory_bytes=0,
+        result_bytes=INLINE_BYTES,
+        log_bytes=0,
+        log_lines=0,
+    )
+    memory.data_bytes()
+    encode(_answer(house, run, [], lambda _: None), FROM_EXECUTOR_BYTES)
+    for console in house.consoles:
+        console.connect(None)
     SOURCES.clear()
     BLOCKS.clear()
     linecache.clearcache()
@@ -103,37 +123,41 @@ def _serve(house: House, channel: Channel) -> None:
     message, fds = channel.receive()
     if not isinstance(message, Run):
         raise TypeError(f"an executor is sent {type(message).__name__} instead of Run")
-    began = monotonic()
-    seed = _reseed()
     _limit(message)
+    channel.send(_answer(house, message, fds, channel.send))
+
+
+def _answer(
+    house: House, run: Run, fds: Sequence[int], send: Callable[[Message], None]
+) -> Done | Broken:
+    """Run a request to its end; LOG lines and the progress of the result go out by `send`."""
+    began = monotonic()
+    meta: dict[str, Plain] = {
+        "seed": _reseed(),
+        "model_key": run.model_key,
+        "isolation": str(house.jail.layers.level),
+        "threads": house.threads,
+        "max_mem_by_gpu": {},
+    }
     allowance = Allowance(
-        lambda text: channel.send(Log(text=text)),
-        max_bytes=message.log_bytes,
-        max_lines=message.log_lines,
+        lambda text: send(Log(text=text)), max_bytes=run.log_bytes, max_lines=run.log_lines
     )
-    for console in house.consoles:
-        console.connect(allowance.line)
     store = saves.Store(
         RESULT_FD,
         inline_bytes=INLINE_BYTES,
-        max_bytes=message.result_bytes,
-        report=lambda size: channel.send(Written(size=size)),
+        max_bytes=run.result_bytes,
+        report=lambda size: send(Written(size=size)),
     )
-    meta: dict[str, Plain] = {
-        "seed": seed,
-        "model_key": message.model_key,
-        "isolation": str(house.jail.layers.level),
-        "max_mem_by_gpu": {},
-    }
-    failure = _attempt(house, message, fds, store, meta)
+    for console in house.consoles:
+        console.connect(allowance.line)
+    failure = _attempt(house, run, fds, store, meta)
     for console in house.consoles:
         console.finish()
     meta["runtime_s"] = round(monotonic() - began, 6)
     meta["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if failure is None:
-        channel.send(Done(inline=store.inline, size=store.size, meta=meta))
-    else:
-        channel.send(Broken(kind=str(failure[0]), message=failure[1], meta=meta))
+        return Done(inline=store.inline, size=store.size, meta=meta)
+    return Broken(kind=str(failure[0]), message=failure[1], meta=meta)
 
 
 def _attempt(

@@ -4,6 +4,8 @@ The tracer that the client serialised is rebuilt and executed against this proce
 that ran nothing before: nnsight's caches by file name are empty, the random state is fresh, and edits,
 adapters and gradients of others cannot exist.
 
+Bits are equal for equal numbers of compute threads, which `meta` therefore tells.
+
 * **Attention** is set as the client resolved it, if it is one that ships with transformers: any other
   name would make transformers fetch code from a hub.
 * **Gradients** are tracked, as they are locally, when anything in the request speaks of them; otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
@@ -73,7 +74,7 @@ class FakeBroker:
     results: dict[str, bytes | str] = field(default_factory=dict)
     closed: list[Session] = field(default_factory=list)
     cancelled: list[tuple[str, str]] = field(default_factory=list)
-    on_accept: Callable[[Request, Session | None], None] = lambda request, session: None
+    on_accept: Callable[[Request, Session | None], None] = lambda *_: None
     failure: Exception | None = None
     views: int = 0
 
@@ -206,6 +207,7 @@ class FakeFleet:
     ) -> dict[str, Any]:
         if join_token != "once":
             raise NotAuthenticated("the join token is unknown or was used")
+        self.orders.append(("join", worker_key, pilot_key))
         return {"endpoint": "tcp://relay:1", "server_key": "k" * 40, "node": node}
 
     async def drain(self, deployment: str | None, allocation: str | None) -> int:
@@ -246,10 +248,11 @@ class Relay:
         until = self.clock.wall() + expires_in_s
         return self.url + self.signer.link(method, path, expires_at=until)
 
-    def client(self, token: str = "", **headers: str) -> httpx.Client:
+    def client(self, token: str = "", *, verify: Any = True, **headers: str) -> httpx.Client:
         if token:
             headers["ndif-api-key"] = token
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        told = {name.replace("_", "-"): value for name, value in headers.items()}
+        return httpx.Client(base_url=self.url, headers=told, timeout=20, verify=verify)
 
     def post(
         self,
@@ -332,7 +335,7 @@ def start_relay(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
         thread = threading.Thread(target=_run, args=(relay,))
         thread.start()
         running.append((relay, thread))
-        relay.run(relay.server.ready.wait())  # type: ignore[arg-type]
+        relay.run(relay.server.ready.wait())
         for name, role in (
             ("researcher", Role.RESEARCHER),
             ("other", Role.RESEARCHER),
@@ -344,7 +347,8 @@ def start_relay(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
 
     yield start
     for relay, thread in running:
-        relay.loop.call_soon_threadsafe(relay.server.stop)
+        with contextlib.suppress(RuntimeError):  # a test has stopped it
+            relay.loop.call_soon_threadsafe(relay.server.stop)
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server did not stop"
 

@@ -38,7 +38,7 @@ def saved(**values: Any) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(buffer.getvalue())
 
 
-def answer(relay: Relay, *updates: Update | tuple[str, Any]) -> None:
+def answer(relay: Relay, *updates: tuple[str, Any]) -> None:
     """Tell the session of each accepted request a list of (status, data) in order."""
 
     def on_accept(request: Any, session: Any) -> None:

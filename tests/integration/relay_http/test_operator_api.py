@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from edif_hpc.relay.operator_api import OperatorApi
+
 if TYPE_CHECKING:
     from conftest import Relay
 
@@ -40,14 +42,9 @@ def test_operators_only(relay: Relay, verb: str, path: str, body: Any) -> None:
 
 def test_every_route_is_in_a_table() -> None:
     """A new route has to say here who may call it."""
-    from edif_hpc.relay.operator_api import OperatorApi
-
+    nothing: Any = None
     api = OperatorApi(
-        broker=None,
-        fleet=None,
-        accounts=None,
-        sessions=None,
-        public_url=None,  # type: ignore[arg-type]
+        broker=nothing, fleet=nothing, accounts=nothing, sessions=nothing, public_url=None
     )
     [mount] = api.routes()
     found = {

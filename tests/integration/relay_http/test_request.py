@@ -166,6 +166,19 @@ def test_too_large_without_a_length(relay: Relay) -> None:
     wait_until(lambda: files_in(relay) == [], 5, "the temporary file is gone")
 
 
+def test_a_refused_client_may_finish_sending(relay: Relay) -> None:
+    """A socket closed with unread bytes is reset, and a client that was sending loses the answer."""
+    size = 40 * MIB
+    with socket.create_connection(("127.0.0.1", relay.server.port), timeout=10) as raw:
+        raw.sendall(b"POST /request HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size)
+        raw.sendall(bytes(size))
+        received = b""
+        while chunk := raw.recv(65536):
+            received += chunk
+    assert received.startswith(b"HTTP/1.1 401 ")
+    assert received.endswith(b"}")
+
+
 def test_who_goes_on_sending_is_cut_off(start_relay: Callable[..., Relay]) -> None:
     relay = start_relay(linger_s=0.2)
     with socket.create_connection(("127.0.0.1", relay.server.port)) as raw:
@@ -218,6 +231,11 @@ def test_an_aborted_upload_leaves_nothing(relay: Relay) -> None:
         (b'--B\r\nContent-Disposition: form-data; name="data"\r\n\r\n{}\r\n--B--\r\n', "blob"),
         (b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n{}\r\n--B--\r\n', "unexpected"),
         (b"--B\r\nX: y\r\n\r\n{}\r\n--B--\r\n", "unexpected"),
+        (
+            b'--B\r\nContent-Disposition: form-data; name="data"\r\n\r\n{}\r\n'
+            b'--B\r\nContent-Disposition: form-data; name="data"\r\n\r\n{}\r\n--B--\r\n',
+            "unexpected",
+        ),
         (
             b'--B\r\nContent-Disposition: form-data; name="data"\r\n\r\n{}\r\n'
             b'--B\r\nContent-Disposition: form-data; name="blob"\r\n\r\ncut',

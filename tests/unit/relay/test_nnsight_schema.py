@@ -23,7 +23,7 @@ def test_served_versions(version: str) -> None:
     "version", [None, "", "0.7.0", "0.80.1", "0.9.0", "1.0.8", "0.8\n1", "nightly"]
 )
 def test_other_versions(version: str | None) -> None:
-    with pytest.raises(UnsupportedClient, match='pip install "nnsight==0.8') as caught:
+    with pytest.raises(UnsupportedClient, match=r'pip install "nnsight==0\.8') as caught:
         check_version(version)
     assert caught.value.http_status == 400
 

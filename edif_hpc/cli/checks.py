@@ -1,0 +1,245 @@
+"""The checks of `edif-hpc doctor`: each looks at one thing and says what it found and the way out.
+
+A check never raises for what it looks for: that is its finding. The relay is asked once for each question; if it does not
+answer at all, the questions to it are left out, because one broken thing should be one line.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from pathlib import Path
+
+from edif_hpc.cli.api import Api
+from edif_hpc.cli.context import Context
+from edif_hpc.cli.show import size
+from edif_hpc.clock import SystemClock
+from edif_hpc.errors import EdifError, SettingsError
+
+MAX_CLOCK_DIFFERENCE_S = 30.0
+LOW_DISK_BYTES = 5 << 30
+NO_DISK_BYTES = 256 << 20
+PACKAGE = "edif-hpc"
+
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)[^;]*(?:;.*extra == ['\"]([a-z]+)['\"])?")
+
+
+class Grade(StrEnum):
+    """How a check ended."""
+
+    OK = "OK"
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check found; `way_out` says what to do about it."""
+
+    what: str
+    grade: Grade
+    seen: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        tail = f"; {self.way_out}" if self.way_out else ""
+        return f"{self.grade:<4}  {self.what}: {self.seen}{tail}"
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"what": self.what, "grade": self.grade, "seen": self.seen, "way_out": self.way_out}
+
+
+def examine(ctx: Context) -> Iterator[Finding]:
+    """All checks, one after the other."""
+    yield _python()
+    yield from _libraries()
+    yield _settings_file(ctx.config_file)
+    yield from _relay(ctx)
+    yield from _data_dir(ctx)
+    yield _isolation()
+
+
+def ok(what: str, seen: str) -> Finding:
+    """All is well."""
+    return Finding(what=what, grade=Grade.OK, seen=seen)
+
+
+def warn(what: str, seen: str, way_out: str = "") -> Finding:
+    """It works, but not as it could."""
+    return Finding(what=what, grade=Grade.WARN, seen=seen, way_out=way_out)
+
+
+def fail(what: str, seen: str, way_out: str) -> Finding:
+    """It does not work."""
+    return Finding(what=what, grade=Grade.FAIL, seen=seen, way_out=way_out)
+
+
+def _python() -> Finding:
+    return ok(
+        "python", f"{platform.python_version()} at {sys.executable}, kernel {platform.release()}"
+    )
+
+
+def _libraries() -> Iterator[Finding]:
+    """The core must be complete; of an extra, all or nothing."""
+    try:
+        stated = importlib.metadata.requires(PACKAGE) or []
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        yield warn(PACKAGE, "not installed, runs from its sources", "pip install -e .")
+        return
+    groups: dict[str, list[str]] = {}
+    for match in filter(None, map(_REQUIREMENT.match, stated)):
+        groups.setdefault(match[2] or "", []).append(match[1])
+    yield _group(f"{PACKAGE} {version}", groups.pop("", []), needed=True)
+    for extra in ("relay", "worker", "client"):
+        yield _group(f"extra [{extra}]", groups.get(extra, []), needed=False)
+
+
+def _group(what: str, names: list[str], *, needed: bool) -> Finding:
+    versions = {name: _version(name) for name in names}
+    absent = [name for name, version in versions.items() if version is None]
+    if not absent:
+        return ok(what, ", ".join(f"{name} {version}" for name, version in versions.items()))
+    if needed:
+        return fail(what, f"{', '.join(absent)} missing", f"pip install {PACKAGE}")
+    if len(absent) == len(names):
+        return ok(what, "not installed")
+    return warn(
+        what,
+        f"{', '.join(absent)} missing",
+        f"pip install '{PACKAGE}{what.removeprefix('extra ')}'",
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _settings_file(file: Path) -> Finding:
+    what = "settings file"
+    try:
+        mode = file.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return ok(what, f"{file} does not exist; defaults and the environment count")
+    except OSError as error:
+        return fail(what, f"{file}: {error.strerror}", f"look at its permissions: ls -l {file}")
+    if mode & 0o077:
+        return fail(
+            what,
+            f"{file} can be read by others ({mode:04o}), and may hold a token",
+            f"chmod 600 {file}",
+        )
+    return ok(what, str(file))
+
+
+def _relay(ctx: Context) -> Iterator[Finding]:
+    try:
+        api = ctx.api()
+    except SettingsError as error:
+        yield fail("settings", str(error), "mend that setting")
+        return
+    try:
+        before = SystemClock().wall()
+        response = api.open("/ping")
+    except EdifError as error:
+        yield fail("relay", str(error), "nothing else can be asked of it")
+        return
+    took = SystemClock().wall() - before
+    yield ok("relay", f"{api.url} answers in {took * 1000:.0f} ms")
+    yield _clock(response.headers.get("date"), before + took / 2)
+    yield _token(api)
+    yield from _deployments(api)
+
+
+def _clock(date: str | None, now: float) -> Finding:
+    if date is None:
+        return warn("clock", "the relay's answer has no date, so clocks cannot be compared")
+    difference = abs(parsedate_to_datetime(date).timestamp() - now)
+    if difference > MAX_CLOCK_DIFFERENCE_S:
+        return warn(
+            "clock",
+            f"differs from the relay's by {difference:.0f} s",
+            "set the time by NTP; links expire by it",
+        )
+    return ok("clock", f"within {max(1.0, difference):.0f} s of the relay's")
+
+
+def _token(api: Api) -> Finding:
+    try:
+        found = api.get("/whoami")
+    except EdifError as error:
+        return fail("token", str(error), "an operator makes one: edif-hpc token create NAME")
+    return ok("token", f"{found['email']}, {', '.join(found['tags'])}")
+
+
+def _deployments(api: Api) -> Iterator[Finding]:
+    served = api.open("/status").json()["deployments"]
+    if not served:
+        yield warn("deployments", "there are none", "edif-hpc deployment add ORG/MODEL")
+    for name, each in served.items():
+        what = f"deployment {name}"
+        if each["application_state"] == "RUNNING":
+            yield ok(
+                what, f"{each['repo_id']} is warm, isolation {each.get('isolation') or 'unknown'}"
+            )
+        elif each["application_state"] == "NOT_STARTED":
+            yield warn(what, f"{each['repo_id']} has no worker", f"edif-hpc up {name}")
+        else:
+            yield warn(
+                what, f"{each['repo_id']} is not warm: {each.get('why', 'loading')}", "edif-hpc ps"
+            )
+
+
+def _data_dir(ctx: Context) -> Iterator[Finding]:
+    """The relay's folder, where the relay is on this machine."""
+    try:
+        folder = ctx.relay_settings({}).data_dir
+    except SettingsError as error:
+        yield fail("relay settings", str(error), "mend that setting")
+        return
+    if not (folder / "queue.sqlite").exists():
+        return
+    if folder.stat().st_mode & 0o077:
+        yield fail("data directory", f"{folder} can be read by others", f"chmod 700 {folder}")
+    free = shutil.disk_usage(folder).free
+    seen = f"{folder} has {size(free)} free"
+    if free < NO_DISK_BYTES:
+        yield fail("disk", seen, "free some: requests cannot be accepted on a full disk")
+    elif free < LOW_DISK_BYTES:
+        yield warn(
+            "disk", seen, "results are kept for relay.result_retention_s; lower it, or add space"
+        )
+    else:
+        yield ok("disk", seen)
+
+
+def _isolation() -> Finding:
+    """How strongly a worker on this machine could wall in what it runs, found by trying."""
+    from edif_hpc.worker.engine.jail import probe
+    from edif_hpc.worker.engine.values import Level
+
+    what = "isolation"
+    try:
+        with tempfile.TemporaryDirectory(prefix="edif-doctor-") as scratch:
+            layers, missing = probe(Path(scratch), ceiling=Level.FULL, floor=Level.PROCESS)
+    except (EdifError, OSError) as error:
+        return fail(what, str(error), "workers cannot run on this machine")
+    if layers.level is Level.FULL:
+        return ok(what, f"a worker here would reach level {layers.level}")
+    return warn(
+        what, f"a worker here would reach only level {layers.level} ({'; '.join(missing)})",
+        "level full needs user namespaces and Landlock from the kernel",
+    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""`edif-hpc deployment`: what the relay is to serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edif_hpc.cli.context import Context, pass_context
+from edif_hpc.cli.show import json_option, listing, print_json
+
+COLUMNS = (
+    "name",
+    "repo_id",
+    "revision",
+    "task",
+    "dtype",
+    "replicas",
+    "executors",
+    "isolation_floor",
+)
+
+
+@click.group()
+def deployment() -> None:
+    """What the relay is to serve."""
+
+
+@deployment.command()
+@click.argument("model")
+@click.option("--name", help="Its name; else made from the model's.")
+@click.option("--revision", help="Branch, tag or commit; else the default branch.")
+@click.option("--task", help="The pipeline, as nnsight names it.  [default: text-generation]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]))
+@click.option("--replicas", type=click.IntRange(0, 1000), help="How many workers are wanted.")
+@click.option(
+    "--executors", type=click.IntRange(1, 1000), help="Requests a worker runs at a time."
+)
+@click.option("--source", metavar="PATH", help="Load from this folder of the worker's machine.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the model's own code.")
+@click.option("--isolation-floor", type=click.Choice(["full", "no-namespaces", "process"]))
+@json_option
+@pass_context
+def add(ctx: Context, /, *, model: str, as_json: bool, **options: Any) -> None:
+    """Add a deployment of MODEL, an ORG/NAME of the Hub or a folder.
+
+    Researchers ask for a model by the name that is given here.
+    """
+    from edif_hpc.cli.model import deployment_of
+
+    added = ctx.api().post("/api/deployments", deployment_of(model, options))
+    if as_json:
+        print_json(added)
+    else:
+        click.echo(
+            f"added {added['name']} ({added['repo_id']}); start it: edif-hpc up {added['name']}"
+        )
+
+
+@deployment.command()
+@json_option
+@pass_context
+def ls(ctx: Context, /, *, as_json: bool) -> None:
+    """List the deployments."""
+    found = ctx.api().get("/api/deployments")["deployments"]
+    if as_json:
+        print_json(found)
+    else:
+        listing(found, COLUMNS, none="no deployments; add one: edif-hpc deployment add ORG/MODEL")
+
+
+@deployment.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="End the requests that wait for it.")
+@pass_context
+def rm(ctx: Context, /, *, name: str, force: bool) -> None:
+    """Remove a deployment and drain its workers."""
+    from edif_hpc.cli.api import part
+
+    ended = ctx.api().delete(f"/api/deployments/{part(name)}", force=force)["ended_requests"]
+    click.echo(
+        f"removed {name}; its workers leave" + (f"; {ended} request(s) ended" if ended else "")
+    )

@@ -1,0 +1,71 @@
+"""`edif-hpc token`: who may use the relay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edif_hpc.cli.context import Context, pass_context
+from edif_hpc.cli.params import Duration
+from edif_hpc.cli.show import json_option, listing, moment, print_json
+
+COLUMNS = ("id", "name", "role", "created", "expires", "revoked")
+
+
+@click.group()
+def token() -> None:
+    """Who may use the relay."""
+
+
+@token.command()
+@click.argument("name")
+@click.option("--operator", is_flag=True, help="May manage everything; else a researcher's.")
+@click.option("--expires", "expires_in_s", type=Duration(), help="For how long, as 90d.")
+@click.option("--max-wall", "max_wall_s", type=Duration(), help="Longest run of a request.")
+@click.option("--queue", "queue_s", type=Duration(), help="How long requests may wait.")
+@click.option("--keep", is_flag=True, help="Queued requests outlive their client.")
+@json_option
+@pass_context
+def create(ctx: Context, /, *, operator: bool, as_json: bool, **options: Any) -> None:
+    """Make a token for NAME; it is shown once."""
+    role = "operator" if operator else "researcher"
+    api = ctx.api()
+    made = api.post("/api/tokens", {"role": role, **options})
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(f"export NDIF_HOST={api.url} NDIF_API_KEY={made['token']}")
+        click.echo(
+            f"(a {role}'s token for {made['name']}, id {made['id']}; it is not shown again)",
+            err=True,
+        )
+
+
+@token.command()
+@json_option
+@pass_context
+def ls(ctx: Context, /, *, as_json: bool) -> None:
+    """List the tokens, without their secrets."""
+    found = ctx.api().get("/api/tokens")["tokens"]
+    if as_json:
+        print_json(found)
+    else:
+        listing(map(_row, found), COLUMNS, none="no tokens")
+
+
+@token.command()
+@click.argument("token_id", metavar="ID")
+@pass_context
+def revoke(ctx: Context, /, *, token_id: str) -> None:
+    """Revoke a token; its requests stay."""
+    from edif_hpc.cli.api import part
+
+    revoked = ctx.api().delete(f"/api/tokens/{part(token_id)}")
+    click.echo(f"revoked {revoked['id']} ({revoked['name']})")
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    return found | {
+        each: moment(found[f"{each}_at"]) for each in ("created", "expires", "revoked")
+    }

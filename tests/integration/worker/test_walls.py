@@ -1,0 +1,204 @@
+"""What an executor cannot do, level by level, tried by a request as a researcher would send it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import nnsight
+import pytest
+
+from edif_hpc.worker.engine.values import FailureKind, Level
+from tests.integration.worker.conftest import Service
+from tests.integration.worker.test_fidelity import trace
+
+DENIED = {"PermissionError", "OSError: 1", "OSError: 13"}
+
+
+def trying(secret: str, zygote: int) -> Any:
+    """A block that tries things and returns the name of each one's error, or 'done'."""
+
+    def block(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import ctypes
+            import os
+            import signal
+            import socket
+            import subprocess
+            import threading
+            from pathlib import Path
+
+            libc = ctypes.CDLL(None, use_errno=True)
+
+            def call(number: int, *arguments: Any) -> None:
+                if libc.syscall(number, *arguments) < 0:
+                    code = ctypes.get_errno()
+                    raise OSError(code, os.strerror(code))
+
+            def thread() -> None:
+                one = threading.Thread(target=lambda: None)
+                one.start()
+                one.join()
+
+            attempts = {
+                "socket": lambda: socket.socket().close(),
+                "unix socket": lambda: socket.socket(socket.AF_UNIX).close(),
+                "socketpair": lambda: [s.close() for s in socket.socketpair()],
+                "read a secret": lambda: Path(secret).read_text(),
+                "list a folder": lambda: os.listdir(Path(secret).parent),
+                "siblings": lambda: os.listdir(".."),
+                "write elsewhere": lambda: Path("/tmp/left-by-a-request").write_text("x"),
+                "own folder": lambda: Path("mine").write_text("x"),
+                "signal the zygote": lambda: os.kill(zygote, 0),
+                "fork": lambda: os.fork() or os._exit(0),
+                "program": lambda: subprocess.run(["/bin/true"], check=True),
+                "thread": thread,
+                "mount": lambda: call(165, b"none", b"/", None, 0, None),
+                "namespace": lambda: call(272, 0x10000000),
+                "ptrace": lambda: call(101, 0, 0, 0, 0),
+                "bpf": lambda: call(321, 0, None, 0),
+                "io_uring": lambda: call(425, 1, None),
+                "keyctl": lambda: call(250, 0, 0, 0, 0, 0),
+                "perf": lambda: call(298, None, 0, -1, -1, 0),
+                "outlive": lambda: call(157, 1, 0, 0, 0, 0),
+            }
+            told = nnsight.save({})
+            for name, attempt in attempts.items():
+                try:
+                    attempt()
+                    told[name] = "done"
+                except PermissionError:
+                    told[name] = "denied"
+                except BaseException as error:
+                    told[name] = type(error).__name__
+            processes = nnsight.save([p for p in os.listdir("/proc") if p.isdigit()] if os.access("/proc", os.R_OK) else None)
+            status = nnsight.save(Path("/proc/self/status").read_text())
+
+    return block
+
+
+ALWAYS_DENIED = (
+    "socket", "unix socket", "mount", "namespace", "ptrace", "bpf", "io_uring", "keyctl", "perf",
+    "outlive",
+)  # fmt: skip
+FILES = ("read a secret", "list a folder", "siblings", "write elsewhere")
+EXPECTED: dict[Level, dict[str, str]] = {
+    Level.FULL: dict.fromkeys([*ALWAYS_DENIED, *FILES], "denied")
+    | {"signal the zygote": "ProcessLookupError", "fork": "done", "program": "done"},
+    Level.NO_NAMESPACES: dict.fromkeys(
+        [*ALWAYS_DENIED, *FILES, "signal the zygote", "fork", "program"], "denied"
+    ),
+    Level.PROCESS: dict.fromkeys([*ALWAYS_DENIED, "fork", "signal the zygote"], "denied"),
+}
+
+
+async def test_what_is_denied(walled: Service, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of another")
+    values = (await walled.send(trying(str(secret), walled.engine._process.pid))).values
+    told = values["told"]
+    expected = EXPECTED[walled.info.isolation.level]
+    assert {name: told[name] for name in expected} == expected
+    assert (told["own folder"], told["thread"], told["socketpair"]) == ("done",) * 3
+    status = dict(line.split(":\t", 1) for line in values["status"].splitlines() if ":\t" in line)
+    assert status["NoNewPrivs"] == "1"
+    assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")} == {0}
+    if walled.info.isolation.level is Level.FULL:
+        assert values["processes"] == ["1"]
+
+
+async def test_the_steps_come_in_order_and_before_ready(walled: Service) -> None:
+    steps = walled.info.isolation.steps
+    full = ("mounts", "proc", "user", "privileges", "limits", "parent", "landlock", "seccomp")
+    left_out = {
+        Level.FULL: set(),
+        Level.NO_NAMESPACES: {"mounts", "proc", "user"},
+        Level.PROCESS: {"mounts", "proc", "user", "landlock"},
+    }[walled.info.isolation.level]
+    assert steps == tuple(step for step in full if step not in left_out)
+
+
+async def test_an_executor_has_no_descriptor_but_its_own(walled: Service) -> None:
+    def counting(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import fcntl
+
+            def is_open(fd: int) -> bool:
+                try:
+                    fcntl.fcntl(fd, fcntl.F_GETFD)
+                except OSError:
+                    return False
+                return True
+
+            open_ones = nnsight.save([fd for fd in range(512) if is_open(fd)])
+
+    assert (await walled.send(counting)).values["open_ones"] == [0, 1, 2, 3, 4]
+
+
+async def test_nothing_of_the_workers_environment_is_inherited(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looking(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+
+            names = nnsight.save(sorted(os.environ))
+
+    names = set((await service.send(looking)).values["names"])
+    assert names <= {
+        "PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE",
+        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM",
+        "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "LC_CTYPE", "KMP_INIT_AT_FORK",
+        "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+    }  # fmt: skip
+
+
+def frame(value: Any) -> bytes:
+    payload = msgpack.packb(value)
+    return struct.pack(">I", len(payload)) + payload
+
+
+HOSTILE = {
+    "garbage": b"\xc1" * 64,
+    "four gigabytes": b"\xff\xff\xff\xff",
+    "no msgpack": struct.pack(">I", 4) + b"\xc1\xc1\xc1\xc1",
+    "no message": frame({"a": 1}),
+    "unknown message": frame(["Load", {}]),
+    "a message of the zygote": frame(["Forked", {"executor": 1, "pid": 1}]),
+    "missing field": frame(["Done", {"inline": b"", "size": 0}]),
+    "extra field": frame(["Log", {"text": "a", "more": 1}]),
+    "wrong type": frame(["Done", {"inline": "text", "size": 1, "meta": {}}]),
+    "a size that is a truth": frame(["Written", {"size": True}]),
+    "negative": frame(["Written", {"size": -1}]),
+    "deep": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": [[[[[[1]]]]]]}}]),
+    "very deep": struct.pack(">I", 100_000) + b"\x91" * 100_000,
+    "bytes in meta": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": b"x"}}]),
+    "size that is not so": frame(["Done", {"inline": b"abc", "size": 4, "meta": {}}]),
+    "a file that is not so": frame(["Done", {"inline": None, "size": 4, "meta": {}}]),
+    "a kind of ours": frame(["Broken", {"kind": "engine", "message": "", "meta": {}}]),
+    "ready again": frame(["Ready", {"steps": []}]),
+    "a flood of lines": frame(["Log", {"text": "x"}]) * 2000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_frames_end_their_executor_only(service: Service, name: str) -> None:
+    content = HOSTILE[name]
+
+    def lying(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+            import time
+
+            left = content
+            while left:
+                left = left[os.write(3, left) :]
+            while True:
+                time.sleep(1)
+
+    failed = (await service.send(lying)).failed
+    assert failed.kind is FailureKind.CRASH
+    assert "protocol" in failed.message
+    assert (await service.send(trace)).saved

@@ -1,0 +1,173 @@
+"""Model keys, names and the allow-lists: what a client may ask for, and what serves it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edif_hpc.domain.deployment import (
+    Deployment,
+    ModelKey,
+    check_env,
+    check_name,
+    default_name,
+    find_deployment,
+    parse_model_key,
+)
+from edif_hpc.errors import InvalidInput, NotFound
+
+CLASS = "nnsight.modeling.transformers.TransformersModel"
+TINY = Deployment(name="tiny", repo_id="edif/Tiny", revision=None, task="text-generation")
+KEY = ModelKey(import_path=CLASS, repo_id="edif/Tiny", revision=None, task="text-generation")
+
+
+def key_text(**body: Any) -> str:
+    return f"{CLASS}:{json.dumps(body)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (key_text(repo_id="edif/Tiny", revision=None, task="text-generation"), KEY),
+        (key_text(repo_id="edif/Tiny", revision="main"), KEY),
+        (key_text(repo_id="edif/Tiny"), KEY),
+        (key_text(repo_id="edif/Tiny", revision="v2"), replace(KEY, revision="v2")),
+        (key_text(repo_id="edif/Tiny", task="fill-mask"), replace(KEY, task="fill-mask")),
+        (
+            key_text(repo_id="edif/Tiny", trust_remote_code=True),
+            replace(KEY, trust_remote_code=True),
+        ),
+    ],
+)
+def test_spellings_of_a_model_meet(text: str, key: ModelKey) -> None:
+    assert parse_model_key(text) == key
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('os.system:{"repo_id": "a/b"}', "is not served; use one of: nnsight"),
+        ("", "is not served"),
+        (CLASS, "not class:json"),
+        (f"{CLASS}:[]", "not class:json"),
+        (f"{CLASS}:{{", "not class:json"),
+        (key_text(revision="v2"), "not class:json with a repo_id"),
+        (key_text(repo_id=7), "wrong type"),
+        (key_text(repo_id="a/b", task=["x"]), "wrong type"),
+        (key_text(repo_id="a/b", trust_remote_code="yes"), "wrong type"),
+        (key_text(repo_id="a/b", revision=3), "string or null, not 3"),
+    ],
+)
+def test_a_key_that_cannot_be_served_is_refused(text: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        parse_model_key(text)
+
+
+@given(
+    st.builds(
+        ModelKey,
+        import_path=st.just(CLASS),
+        repo_id=st.text(),
+        revision=st.none() | st.text().filter(lambda text: text != "main"),
+        task=st.text(min_size=1),
+        trust_remote_code=st.booleans(),
+    )
+)
+def test_a_key_survives_the_wire(key: ModelKey) -> None:
+    assert parse_model_key(key.render()) == key
+
+
+def test_a_key_is_written_as_the_client_writes_it() -> None:
+    assert KEY.render() == (
+        f'{CLASS}:{{"repo_id": "edif/Tiny", "revision": null, "task": "text-generation"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({}, None),
+        ({"attn_implementation": "eager"}, None),
+        ({"attn_implementation": "sdpa", "peft": None}, None),
+        ({"attn_implementation": None}, None),
+        ({"attn_implementation": "flash_attention_2"}, "use one of: eager, sdpa"),
+        ({"peft": "some/adapter"}, "PEFT adapter 'some/adapter'"),
+        ({"LD_PRELOAD": "x", "a": 1}, r"\['LD_PRELOAD', 'a'\]"),
+    ],
+)
+def test_env_is_an_allow_list(env: dict[str, Any], words: str | None) -> None:
+    if words is None:
+        check_env(env)
+    else:
+        with pytest.raises(InvalidInput, match=words):
+            check_env(env)
+
+
+@pytest.mark.parametrize(
+    ("key", "trusting", "served"),
+    [
+        (KEY, False, True),
+        (replace(KEY, repo_id="EDIF/tiny"), False, True),  # the Hub ignores case
+        (replace(KEY, revision="v2"), False, False),
+        (replace(KEY, task="fill-mask"), False, False),
+        (replace(KEY, repo_id="edif/other"), False, False),
+        (replace(KEY, trust_remote_code=True), False, False),
+        (replace(KEY, trust_remote_code=True), True, True),
+        (KEY, True, True),
+    ],
+)
+def test_what_a_deployment_serves(key: ModelKey, *, trusting: bool, served: bool) -> None:
+    assert replace(TINY, trust_remote_code=trusting).serves(key) is served
+
+
+def test_a_deployment_serves_its_own_key() -> None:
+    for each in [TINY, replace(TINY, revision="v2", trust_remote_code=True)]:
+        assert each.serves(each.model_key)
+
+
+@pytest.mark.parametrize("name", ["a", "7", "tiny-gpt2", "a" * 40])
+def test_a_name_fits_into_job_names_and_paths(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a_b", "a/b", "..", "a" * 41, "a\n", "ä"])
+def test_another_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidInput, match="must be 1-40 characters"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "name"),
+    [
+        ("openai-community/gpt2", "gpt2"),
+        ("meta-llama/Llama-3.1-8B", "llama-3-1-8b"),
+        ("gpt2", "gpt2"),
+        ("a/__", "model"),
+        ("a/" + "x" * 39 + "-y", "x" * 39),
+    ],
+)
+def test_a_name_is_made_from_the_repository(repo_id: str, name: str) -> None:
+    assert default_name(repo_id) == name
+
+
+@given(st.text())
+def test_a_made_name_is_always_a_name(repo_id: str) -> None:
+    check_name(default_name(repo_id))
+
+
+def test_a_deployment_is_found_or_the_others_are_listed() -> None:
+    other = replace(TINY, name="other", repo_id="edif/other", revision="v2")
+    assert find_deployment(KEY, [other, TINY]) is TINY
+    with pytest.raises(NotFound) as refusal:
+        find_deployment(replace(KEY, repo_id="edif/big", revision="v3"), [TINY, other])
+    assert str(refusal.value) == (
+        "edif/big (task text-generation, revision v3) is not deployed here. Deployed: "
+        "edif/other (task text-generation, revision v2), edif/Tiny (task text-generation)."
+    )
+    with pytest.raises(NotFound, match="Deployed: nothing yet"):
+        find_deployment(KEY, [])
