@@ -42,7 +42,7 @@ def set_up_logging(level: str, *, process: str, as_json: bool = False) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("httpx", "httpcore", "uvicorn.access", "websockets"):
+    for noisy in ("httpx", "httpcore", "uvicorn", "websockets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

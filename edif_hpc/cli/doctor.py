@@ -14,9 +14,9 @@ from edif_hpc.cli.show import json_option, print_json
 @click.pass_context
 @pass_context
 def doctor(ctx: Context, /, click_ctx: click.Context, *, as_json: bool) -> None:
-    """Check this machine and its relay; each line says OK, WARN or FAIL, and the way out.
+    """Check this machine and its relay.
 
-    Exits with 1 if anything failed.
+    Each line says OK, WARN or FAIL, and the way out. Exits with 1 if anything failed.
     """
     from edif_hpc.cli.checks import Grade, examine
 

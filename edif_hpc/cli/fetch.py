@@ -95,7 +95,7 @@ def _append(url: str, collected: Path, start: int, total: int, progress: Progres
         with collected.open("ab" if goes_on else "wb") as file:
             for piece in response.iter_raw(_PIECE_BYTES):
                 file.write(piece)
-                progress.tell(f"{size(file.tell())} of {size(total)}")
+                progress.tell(f"{size(file.tell())} of {size(total)}", passing=True)
     if _size(collected) > total:
         collected.unlink()
         raise Unavailable(

@@ -77,7 +77,7 @@ def down(
     wait: bool,
     timeout_s: float | None,
 ) -> None:
-    """Drain the workers of DEPLOYMENT: they finish what runs and leave."""
+    """Drain workers: they finish what runs, and leave."""
     from edif_hpc.cli.launching import bring_down
 
     if (deployment is None) is not everything:

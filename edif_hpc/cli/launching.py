@@ -125,7 +125,7 @@ def _until_warm(api: Api, site: LocalSite, names: set[str], timeout_s: float | N
                 _report_death(api, site, name, line)
         mine = [lines[name] for name in sorted(names)]
         progress.tell(
-            "; ".join(f"{_slot(line)} {line['state']} {_detail(line)}".rstrip() for line in mine)
+            "; ".join(f"{_slot(line)}: {_detail(line) or line['state']}" for line in mine)
         )
         if all(line["state"] == "warm" for line in mine):
             progress.end()

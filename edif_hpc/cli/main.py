@@ -26,9 +26,16 @@ ENTRIES = {
     "deployment": Entry(
         place="edif_hpc.cli.deployment:deployment", summary="What the relay is to serve."
     ),
-    "up": Entry(place="edif_hpc.cli.fleet:up", summary="Start workers for a deployment."),
-    "down": Entry(place="edif_hpc.cli.fleet:down", summary="Drain workers and let them leave."),
-    "ps": Entry(place="edif_hpc.cli.fleet:ps", summary="List the workers and what they do."),
+    "up": Entry(
+        place="edif_hpc.cli.fleet:up", summary="Start workers for the free slots of a deployment."
+    ),
+    "down": Entry(
+        place="edif_hpc.cli.fleet:down", summary="Drain workers: they finish what runs, and leave."
+    ),
+    "ps": Entry(
+        place="edif_hpc.cli.fleet:ps",
+        summary="List the allocations, their workers and what they do.",
+    ),
     "request": Entry(place="edif_hpc.cli.request:request", summary="Look after requests."),
     "token": Entry(place="edif_hpc.cli.token:token", summary="Who may use the relay."),
     "status": Entry(place="edif_hpc.cli.status:status", summary="The relay at a glance."),
@@ -100,7 +107,9 @@ def _say(message: str) -> None:
     click.echo(f"edif-hpc: {' '.join(message.split())}", err=True)
 
 
-@click.group(cls=Root, entries=ENTRIES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "edif-hpc", cls=Root, entries=ENTRIES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--relay", metavar="URL", help="The relay to talk to; or set EDIF_RELAY.")
 @click.option(
     "--config",

@@ -70,9 +70,9 @@ class Progress:
         self._shown = ""
         self._rewrite = sys.stderr.isatty()
 
-    def tell(self, text: str) -> None:
-        """Show where it is now."""
-        if text == self._shown:
+    def tell(self, text: str, *, passing: bool = False) -> None:
+        """Show where it is now; what is `passing` only where it can be rewritten."""
+        if text == self._shown or (passing and not self._rewrite):
             return
         self._shown = text
         click.echo(f"\r\x1b[K{text}" if self._rewrite else text, err=True, nl=not self._rewrite)

@@ -16,7 +16,7 @@ COLUMNS = ("replica", "repo_id", "task", "state", "why")
 @json_option
 @pass_context
 def status(ctx: Context, /, *, as_json: bool) -> None:
-    """The relay at a glance: what it serves and what waits.
+    """The relay at a glance.
 
     A researcher's token sees what is served; an operator's also the requests.
     """

@@ -1,8 +1,10 @@
 """Objects in a directory of the relay's own disk; its URLs are the relay's.
 
 A part is written at its own offset of one temporary file, so that completing is an fsync and a rename, never a copy. The
-object is durable when `complete` returns: file synced, renamed, folder synced. What a crash leaves behind is a
-temporary file, removed by `sweep` when it is older than any upload may be.
+object is durable when `complete` returns: file synced, renamed, folder synced.
+
+The temporary file is named after its key and this boot of the machine. So an upload goes on after the relay was killed,
+whose parts lie in the kernel's cache at worst; but not after the machine was, which may have lost some of them.
 
 The relay's HTTP routes call `part_path` and `path` to find the files behind its links.
 """
@@ -15,44 +17,52 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from edif_hpc.clock import Clock
 from edif_hpc.errors import InvalidInput, NotFound, StoreUnavailable
-from edif_hpc.objects.base import PART_BYTES, Upload, UploadedPart
+from edif_hpc.objects.base import LINK_S, PART_BYTES, Upload, UploadedPart, check_key
 from edif_hpc.objects.signing import Signer
 
 _T = TypeVar("_T")
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}(?:/[A-Za-z0-9_.-]{1,80}){0,3}")
-_LINK_S = 3600.0
-_STALE_UPLOAD_S = 24 * 3600.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class DirectoryStore:
     """Objects below `root`."""
 
-    def __init__(self, root: Path, *, signer: Signer, clock: Clock, part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self, root: Path, *, signer: Signer, clock: Clock, part_bytes: int = PART_BYTES
+    ) -> None:
         self.part_bytes = part_bytes
         self._root = root
         self._signer = signer
         self._clock = clock
+        self._boot = _BOOT_ID.read_text().strip()
         for name in ("objects", "uploads"):
             (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def begin(self, key: str) -> Upload:
-        """Start an upload."""
-        self.path(key)
-        handle = secrets.token_hex(16)
-        await self._disk(lambda: self._upload_file(handle).touch(mode=0o600, exist_ok=False))
-        return Upload(key=key, handle=handle, part_bytes=self.part_bytes)
+        """Start an upload, or go on with the one under way."""
+        upload = self._upload(key)
+        await self._disk(lambda: self._upload_file(upload.handle).touch(mode=0o600))
+        return upload
 
-    async def part_urls(self, upload: Upload, first: int, count: int, *, base_url: str) -> list[str]:
+    async def resume(self, key: str) -> Upload | None:
+        """The upload of this key, if its file is there."""
+        upload = self._upload(key)
+        return upload if self._upload_file(upload.handle).is_file() else None
+
+    async def part_urls(
+        self, upload: Upload, first: int, count: int, *, base_url: str
+    ) -> list[str]:
         """Signed PUT URLs of the relay."""
-        until = self._clock.wall() + _LINK_S
+        until = self._clock.wall() + LINK_S
         paths = [f"/uploads/{upload.handle}/{number}" for number in range(first, first + count)]
         return [base_url + self._signer.link("PUT", path, expires_at=until) for path in paths]
 
@@ -63,23 +73,29 @@ class DirectoryStore:
             raise NotFound(f"there is no upload {handle[:8]}…; it was completed or aborted")
         return path, (number - 1) * self.part_bytes
 
-    async def complete(self, upload: Upload, parts: Sequence[UploadedPart], size_bytes: int) -> None:
-        """Sync, check the size, rename, sync the folder. A repetition after success is no error."""
+    async def complete(
+        self, upload: Upload, parts: Sequence[UploadedPart], size_bytes: int
+    ) -> None:
+        """Sync, check the size, rename, sync the folder."""
 
         def finish() -> None:
             source, target = self._upload_file(upload.handle), self.path(upload.key)
-            if target.is_file() and not source.exists() and target.stat().st_size == size_bytes:
-                return
+            if not source.exists():
+                if target.is_file() and target.stat().st_size == size_bytes:
+                    return
+                raise NotFound(f"the upload of {upload.key} is over, and is not {size_bytes} bytes")
             with _open_existing(source) as fd:
                 found = os.fstat(fd).st_size
                 if found != size_bytes or len(parts) != -(-size_bytes // self.part_bytes):
                     raise InvalidInput(
-                        f"the upload of {upload.key} has {found} bytes in {len(parts)} parts, the worker said {size_bytes} bytes"
+                        f"the upload of {upload.key} has {found} bytes in {len(parts)} parts, "
+                        f"the worker said {size_bytes} bytes"
                     )
                 os.fsync(fd)
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             source.rename(target)
-            sync_folder(target.parent)
+            for folder in (target.parent, target.parent.parent):  # the folder may be new, too
+                sync_folder(folder)
 
         await self._disk(finish)
 
@@ -87,33 +103,49 @@ class DirectoryStore:
         """Remove the temporary file."""
         await self._disk(lambda: self._upload_file(upload.handle).unlink(missing_ok=True))
 
+    async def size(self, key: str) -> int:
+        """The size of its file."""
+        path = self.path(key)
+        if not path.is_file():
+            raise NotFound(f"the object {key} does not exist (any more)")
+        return path.stat().st_size
+
     async def read_url(self, key: str, *, base_url: str) -> str:
         """A signed GET URL of the relay."""
-        if not self.path(key).is_file():
-            raise NotFound(f"the object {key} does not exist (any more)")
-        return base_url + self._signer.link("GET", f"/objects/{key}", expires_at=self._clock.wall() + _LINK_S)
+        await self.size(key)
+        until = self._clock.wall() + LINK_S
+        return base_url + self._signer.link("GET", f"/objects/{key}", expires_at=until)
 
     def path(self, key: str) -> Path:
         """The file of a key; refuses keys that could leave the folder."""
-        if not _KEY.fullmatch(key) or any(part.strip(".") == "" for part in key.split("/")):
-            raise InvalidInput(f"the object key {key[:100]!r} is malformed")
-        return self._root / "objects" / key
+        return self._root / "objects" / check_key(key)
 
-    async def delete(self, key: str) -> None:
-        """Remove the file."""
-        await self._disk(lambda: self.path(key).unlink(missing_ok=True))
+    async def delete(self, folder: str) -> None:
+        """Remove the folder."""
+        path = self.path(folder)
+        await self._disk(lambda: shutil.rmtree(path) if path.is_dir() else None)
 
-    async def sweep(self) -> int:
-        """Remove what crashed uploads left behind; returns how many files."""
+    async def sweep(self, *, objects_before: float, uploads_before: float) -> int:
+        """Remove old files, and the folders that are empty then."""
 
         def remove() -> int:
-            limit = self._clock.wall() - _STALE_UPLOAD_S
-            stale = [each for each in (self._root / "uploads").iterdir() if each.stat().st_mtime < limit]
-            for each in stale:
+            uploads = _older(self._root / "uploads", uploads_before)
+            objects = _older(self._root / "objects", objects_before)
+            for each in (*uploads, *objects):
                 each.unlink(missing_ok=True)
-            return len(stale)
+            for folder in {each.parent for each in objects}:
+                with suppress(OSError):  # another attempt's object lies there
+                    folder.rmdir()
+            return len(uploads) + len(objects)
 
         return await self._disk(remove)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def _upload(self, key: str) -> Upload:
+        name = hashlib.sha256(f"{check_key(key)} {self._boot}".encode()).hexdigest()[:32]
+        return Upload(key=key, handle=name, part_bytes=self.part_bytes)
 
     def _upload_file(self, handle: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{32}", handle):
@@ -164,6 +196,10 @@ class BlobFolder:
         for each in stale:
             each.unlink(missing_ok=True)
         return len(stale)
+
+
+def _older(folder: Path, before: float) -> list[Path]:
+    return [each for each in folder.rglob("*") if each.is_file() and each.stat().st_mtime < before]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from edif_hpc.domain.people import secret_hash
 from edif_hpc.domain.request import Provision
 from edif_hpc.errors import Conflict, NotFound
 from edif_hpc.relay import reports
-from edif_hpc.relay.seats import Worker
+from edif_hpc.relay.seats import Holding, Worker
 from edif_hpc.store.base import Store
 from edif_hpc.store.writer import Writer
 
@@ -308,6 +308,19 @@ class Fleet:
             for each in self.workers.values()
             if each.peer.deployment == deployment and each.serves
         ]
+
+    def let_go(self, key: str, request_id: str, attempt: int) -> Holding | None:
+        """A worker does not hold this lease any more; what its record had of it."""
+        worker = self.workers.get(key)
+        holding = worker.leases.get(request_id) if worker is not None else None
+        if worker is None or holding is None or holding.attempt != attempt:
+            return None
+        return worker.leases.pop(request_id)
+
+    def hold(self, key: str, request_id: str, holding: Holding) -> None:
+        """A worker holds this lease after all."""
+        if key in self.workers:
+            self.workers[key].leases.setdefault(request_id, holding)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Who a worker is follows from the CURVE key of its connection (`peer`), never fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ class Holding:
     granted_at: float
     started_at: float | None = None
     seen: bool = False  #: the worker has named it in a heartbeat
+    steal_asked_at: float = -math.inf
 
 
 @dataclass(kw_only=True, eq=False)

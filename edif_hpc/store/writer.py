@@ -2,7 +2,9 @@
 
 A commit costs one sync of the disk, whatever is in it. So everything that is waiting when the
 thread is free becomes one group: a transaction in which each operation has its own savepoint, then
-one commit. Under load the groups grow by themselves and the cost per operation shrinks.
+one commit. What one iteration of the loop submits is handed over together, so a cause and what
+follows from it at once (a DONE and the next grant) share a group. Under load the groups grow by
+themselves and the cost per operation shrinks.
 
 A future is resolved after the commit of its group, never before: what a caller sees is on the
 disk. An operation's own exception goes to its own future and undoes that operation alone. If the
@@ -33,14 +35,16 @@ Op = Callable[[Store], T]
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """An operation, and who waits for its answer."""
+
     op: Op[Any]
     future: asyncio.Future[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    job: _Job
+    job: Job
     value: Any = None
     error: Exception | None = None
 
@@ -62,9 +66,10 @@ class Writer:
     def __init__(self, store: Store, failpoints: Failpoints | None = None) -> None:
         self._store = store
         self._failpoints = failpoints or Failpoints()
-        self._groups: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
-        self._lazy: list[_Job] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._groups: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
+        self._waiting: list[Job] = []
+        self._flushing: asyncio.Handle | None = None  # when the waiting jobs are handed over
+        self._lazily = False  # that this is a timer's, for none of them is urgent
         self._thread = threading.Thread(target=self._main, name="store-writer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
@@ -108,44 +113,47 @@ class Writer:
     def submit(self, op: Op[T], *, lazy: bool = False) -> asyncio.Future[T]:
         """Run `op` in the next group; the future has its answer after the commit."""
         job = self._job(op)
-        if lazy:
-            self._lazy.append(job)
-            if self._timer is None and self._loop is not None:
-                self._timer = self._loop.call_later(LAZY_S, self._flush)
-        else:
-            self._flush([job])
+        self._waiting.append(job)
+        self._schedule(job.future.get_loop(), lazily=lazy)
         return job.future
 
     def submit_many(self, ops: Sequence[Op[Any]]) -> list[asyncio.Future[Any]]:
         """Run all of them in the same group, in their order."""
-        jobs = [self._job(op) for op in ops]
-        self._flush(jobs)
-        return [job.future for job in jobs]
+        return [self.submit(op) for op in ops]
 
     def run(self, op: Op[T]) -> T:
         """Run `op` here and now, in a group of its own: for the start, before there is a loop."""
         with self._store.transaction(), self._store.savepoint():
             return op(self._store)
 
-    def _job(self, op: Op[Any]) -> _Job:
+    def _job(self, op: Op[Any]) -> Job:
         if self._refusal is not None:
             raise StoreUnavailable(str(self._refusal)) from self._refusal
         if self._loop is None:
             raise StoreUnavailable("the store's writer has not been started")
-        return _Job(op, self._loop.create_future())
+        return Job(op, self._loop.create_future())
 
-    def _flush(self, jobs: Sequence[_Job] = ()) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        group = [*self._lazy, *jobs]
-        self._lazy.clear()
+    def _schedule(self, loop: asyncio.AbstractEventLoop, *, lazily: bool) -> None:
+        if self._flushing is not None:
+            if lazily or not self._lazily:
+                return  # it is early enough
+            self._flushing.cancel()
+        self._lazily = lazily
+        self._flushing = (
+            loop.call_later(LAZY_S, self._flush) if lazily else loop.call_soon(self._flush)
+        )
+
+    def _flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        group, self._waiting = self._waiting, []
         if group:
             self._groups.put(group)
 
     # -- in the thread ---------------------------------------------------------------------------
     def _main(self) -> None:
-        group: list[_Job] = []
+        group: list[Job] = []
         try:
             while group := self._next_group():
                 self._tell(self._commit(group))
@@ -154,9 +162,9 @@ class Writer:
         else:
             self._call(self._finish)
 
-    def _next_group(self) -> list[_Job]:
+    def _next_group(self) -> list[Job]:
         """Everything that is waiting; empty when there will be no more."""
-        group: list[_Job] = []
+        group: list[Job] = []
         more = self._groups.get()
         while more is not None:
             group += more
@@ -167,14 +175,14 @@ class Writer:
             self._groups.put(None)  # the end is seen again after this group
         return group
 
-    def _commit(self, group: list[_Job]) -> list[_Outcome]:
+    def _commit(self, group: list[Job]) -> list[_Outcome]:
         try:
             with self._store.transaction():
                 return [self._attempt(job) for job in group]
         except StoreUnavailable as failure:
             return _all_fail(group, failure)
 
-    def _attempt(self, job: _Job) -> _Outcome:
+    def _attempt(self, job: Job) -> _Outcome:
         try:
             with self._store.savepoint():
                 value = job.op(self._store)
@@ -196,7 +204,7 @@ class Writer:
             self._loop.call_soon_threadsafe(function, *args)
 
     # -- back on the loop ------------------------------------------------------------------------
-    def _bury(self, fault: BaseException, group: list[_Job]) -> None:
+    def _bury(self, fault: BaseException, group: list[Job]) -> None:
         failure = StoreUnavailable(
             f"the store's writer died of {type(fault).__name__}: {fault}; restart the relay"
         )
@@ -215,7 +223,7 @@ class Writer:
             self._ended.set_result(None)
 
 
-def _all_fail(group: list[_Job], failure: StoreUnavailable) -> list[_Outcome]:
+def _all_fail(group: list[Job], failure: StoreUnavailable) -> list[_Outcome]:
     # Each caller gets its own exception, because raising adds to an exception's traceback.
     outcomes = []
     for job in group:

@@ -26,9 +26,10 @@ POSITIONS = 512
 BATCH = 24  # of 512 positions and 1,024 words: 50 MB of logits
 
 Values = Mapping[str, torch.Tensor]
+Experiments = Sequence[tuple[str, Callable[..., Values]]]
 
 
-def trace(model: Any, remote: bool) -> Values:
+def trace(model: Any, *, remote: bool) -> Values:
     """Read what a layer computes, and the model's next word."""
     with model.trace(PROMPT, remote=remote):
         hidden = model.transformer.h[1].output.save()
@@ -36,7 +37,7 @@ def trace(model: Any, remote: bool) -> Values:
     return {"hidden states of layer 1": hidden, "logits": logits}
 
 
-def patching(model: Any, remote: bool) -> Values:
+def patching(model: Any, *, remote: bool) -> Values:
     """Carry an activation of one prompt into the run of another, both in one request."""
     with model.session(remote=remote):
         with model.trace(PROMPT):
@@ -47,7 +48,7 @@ def patching(model: Any, remote: bool) -> Values:
     return {"logits of the patched run": patched}
 
 
-def generation(model: Any, remote: bool) -> Values:
+def generation(model: Any, *, remote: bool) -> Values:
     """Generate while one layer's MLP is silenced at every step."""
     with model.generate(
         PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, remote=remote
@@ -58,7 +59,7 @@ def generation(model: Any, remote: bool) -> Values:
     return {"generated tokens": tokens}
 
 
-def large(model: Any, remote: bool) -> Values:
+def large(model: Any, *, remote: bool) -> Values:
     """Bring 50 MB home: the logits of a whole batch."""
     prompts = torch.arange(BATCH * POSITIONS).reshape(BATCH, POSITIONS) % 1000
     with model.trace(prompts, remote=remote):
@@ -66,7 +67,7 @@ def large(model: Any, remote: bool) -> Values:
     return {"logits of a batch": logits}
 
 
-EXPERIMENTS: Sequence[tuple[str, Callable[[Any, bool], Values]]] = (
+EXPERIMENTS: Experiments = (
     ("a trace", trace),
     ("a session with activation patching", patching),
     ("a generation with an intervention", generation),
@@ -81,7 +82,9 @@ def compare(here: Values, there: Values) -> list[tuple[str, bool]]:
         other = there[name]
         equal = mine.dtype == other.dtype and torch.equal(mine, other)
         seen = "equal, bit for bit" if equal else f"DIFFERS, by up to {_distance(mine, other)}"
-        lines.append((f"{name} {tuple(mine.shape)}: here {_few(mine)}, remote {_few(other)}: {seen}", equal))
+        lines.append(
+            (f"{name} {tuple(mine.shape)}: here {_few(mine)}, remote {_few(other)}: {seen}", equal)
+        )
     return lines
 
 
@@ -97,23 +100,28 @@ def _distance(mine: torch.Tensor, other: torch.Tensor) -> str:
     return f"{(mine - other).abs().max().item():g}"
 
 
-def main() -> int:
-    """Run all experiments in both places; 1 if any value differs."""
-    remote_model = TransformersModel(MODEL, task="text-generation")  # no weights on this side
-    local_model = TransformersModel(MODEL, task="text-generation", dispatch=True)
+def run_all(remote_model: Any, local_model: Any, experiments: Experiments = EXPERIMENTS) -> int:
+    """Run experiments in both places and say what came out; returns how many values differ."""
     wrong = 0
-    for title, run in EXPERIMENTS:
+    for title, run in experiments:
         click.echo(f"-- {title}: {run.__doc__}")
         began = time.monotonic()
-        there = run(remote_model, True)
+        there = run(remote_model, remote=True)
         took_s = time.monotonic() - began
-        for line, equal in compare(run(local_model, False), there):
+        for line, equal in compare(run(local_model, remote=False), there):
             click.echo(f"   {line}")
             wrong += not equal
         count = sum(each.numel() * each.element_size() for each in there.values())
         click.echo(f"   {count / 1e6:.3g} MB came back in {took_s:.2f} s")
-    click.echo(f"{wrong} value(s) differ" if wrong else "all values are those of a local run")
-    return 1 if wrong else 0
+    click.echo(f"{wrong} value(s) DIFFER" if wrong else "all values are those of a local run")
+    return wrong
+
+
+def main() -> int:
+    """Run all experiments; 1 if any value differs."""
+    remote_model = TransformersModel(MODEL, task="text-generation")  # no weights on this side
+    local_model = TransformersModel(MODEL, task="text-generation", dispatch=True)
+    return 1 if run_all(remote_model, local_model) else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ _PROC = Path("/proc")
 #: What a command line holds, and what kind of process that is.
 _KINDS: Mapping[bytes, str] = {
     b"edif_hpc.testing.relay\0": "relay",
-    b"edif_hpc.relay.": "relay",
     b"edif_hpc.pilot.app\0": "pilot",
     b"edif_hpc.testing.noop_worker\0": "worker",
     b"edif_hpc.worker.app\0": "worker",

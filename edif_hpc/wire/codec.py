@@ -1,8 +1,12 @@
 """Frames and messages: one message is one msgpack frame, decoded into a checked struct or refused.
 
-A frame longer than its limit is refused before it is decoded. msgspec checks tag, types and lengths; what passes is
-a value of `messages`, never a bare dictionary, and nothing on the wire can name code. Unknown fields are ignored, so
-that a newer peer may add some; an unknown tag or a wrong type is a `RemoteProtocolError`.
+A frame longer than its limit is refused before it is decoded. msgspec checks tag, types and
+lengths; what passes is a value of `messages`, never a bare dictionary, and nothing on the wire can
+name code. Unknown fields are ignored, so that a newer peer may add some; an unknown tag or a wrong
+type is a `RemoteProtocolError`.
+
+What is sent is read back first (about a microsecond). So a message that the other side would
+refuse fails here, where the stack names its author, and not as the fault of a peer over there.
 """
 
 from __future__ import annotations
@@ -24,13 +28,16 @@ _from_peer: msgspec.msgpack.Decoder[FromPeer] = msgspec.msgpack.Decoder(FromPeer
 _from_relay: msgspec.msgpack.Decoder[FromRelay] = msgspec.msgpack.Decoder(FromRelay)
 
 
-def encode(message: Message, *, limit_bytes: int = MAX_PEER_FRAME_BYTES) -> bytes:
+def encode(message: Message) -> bytes:
     """One message as a frame; `LocalProtocolError` if the other side would refuse it."""
     frame = _encoder.encode(message)
-    if len(frame) > limit_bytes:
-        raise LocalProtocolError(
-            f"a {type(message).__name__} of {len(frame)} bytes is over the limit of {limit_bytes}"
-        )
+    try:
+        if isinstance(message, FromPeer):
+            decode_from_peer(frame)
+        else:
+            decode_from_relay(frame)
+    except RemoteProtocolError as error:
+        raise LocalProtocolError(f"a {type(message).__name__} cannot be sent: {error}") from error
     return frame
 
 
@@ -53,5 +60,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes, limit_bytes: int
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(
-            f"a frame of {len(frame)} bytes is not a message: {error}"
+            f"a frame of {len(frame)} bytes is not a message: {str(error)[:500]}"
         ) from error

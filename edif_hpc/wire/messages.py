@@ -26,9 +26,10 @@ Word = Annotated[str, Meta(max_length=200)]
 Text = Annotated[str, Meta(max_length=64 << 10)]
 Inline = Annotated[bytes, Meta(max_length=1 << 20)]
 Attempt = Annotated[int, Meta(ge=1, le=1 << 31)]
-Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Window = Annotated[int, Meta(ge=0, le=256)]
+MAX_HELD = 1024  #: more than a window: a lease stays held until its `Done` is acknowledged
 
 
 class Held(Struct, frozen=True, kw_only=True, array_like=True):
@@ -37,6 +38,9 @@ class Held(Struct, frozen=True, kw_only=True, array_like=True):
     request: Id
     attempt: Attempt
     started: bool = False
+
+
+HeldList = Annotated[list[Held], Meta(max_length=MAX_HELD)]
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="t", omit_defaults=True):
@@ -51,7 +55,7 @@ class Hello(Message, frozen=True, tag="hello"):
 
     versions: Annotated[list[int], Meta(min_length=1, max_length=8)]
     nonce: Id
-    held: Annotated[list[Held], Meta(max_length=64)] = []
+    held: HeldList = []
     state: Word = "loading"
     facts: dict[str, Any] = {}
 
@@ -68,8 +72,8 @@ class State(Message, frozen=True, tag="state"):
 class Pull(Message, frozen=True, tag="pull"):
     """How many leases the worker is willing to hold at once, and how many of them it runs at a time."""
 
-    window: Count
-    executors: Count
+    window: Window
+    executors: Window
 
 
 class Started(Message, frozen=True, tag="started"):
@@ -82,7 +86,7 @@ class Started(Message, frozen=True, tag="started"):
 class Renew(Message, frozen=True, tag="renew"):
     """The heartbeat: all leases held. Empty is a heartbeat too."""
 
-    held: Annotated[list[Held], Meta(max_length=64)] = []
+    held: HeldList = []
 
 
 class Log(Message, frozen=True, tag="log"):
@@ -121,6 +125,13 @@ class Done(Message, frozen=True, tag="done"):
     message: Text = ""
     meta: dict[str, Any] = {}
 
+    def __post_init__(self) -> None:
+        told = [each for each in (self.inline, self.parts, self.error) if each is not None]
+        if len(told) != 1:
+            raise ValueError(
+                f"a Done has one of inline, parts and error; this one has {len(told)}"
+            )
+
 
 class Return(Message, frozen=True, tag="return"):
     """A lease given back without an answer; `reason` is a `LeaseEnd`."""
@@ -132,11 +143,11 @@ class Return(Message, frozen=True, tag="return"):
 
 
 class Report(Message, frozen=True, tag="report"):
-    """A pilot's words about its worker's process: `started`, `exited`; and the tail of its log."""
+    """A pilot's words about its worker's process: `worker_started`, `worker_exited`; and the tail of its log."""
 
     event: Word
     detail: Text = ""
-    facts: dict[str, Any] = {}
+    nonce: Annotated[str, Meta(max_length=64)] = ""  #: which of its processes: that of its `Hello`
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
@@ -151,11 +162,11 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 class Welcome(Message, frozen=True, tag="welcome"):
     """The answer to `Hello`: the rules of this connection, and which of the held leases still stand."""
 
-    version: int
+    version: Annotated[int, Meta(ge=1)]
     lease_s: Seconds
     heartbeat_s: Seconds
     part_bytes: Size
-    keep: list[Held] = []
+    keep: HeldList = []
     drain: bool = False
     deployment: dict[str, Any] = {}  #: for a worker: what it serves
 
@@ -188,12 +199,12 @@ class Parts(Message, frozen=True, tag="parts"):
 
     request: Id
     attempt: Attempt
-    first: int
-    urls: list[Text]
+    first: Annotated[int, Meta(ge=1, le=10_000)]
+    urls: Annotated[list[Text], Meta(max_length=64)]
 
 
 class Ack(Message, frozen=True, tag="ack"):
-    """`Done` or `Return` is committed (`accepted`) or refused as stale; either way the worker forgets the lease."""
+    """`Done` is committed (`accepted`) or refused as stale; either way the worker forgets the lease."""
 
     request: Id
     attempt: Attempt

@@ -1,19 +1,24 @@
 """The worker's end of the wire protocol as a state machine without I/O.
 
-Events in (a message came, an executor began, time passed), `actions` out (send this, run that, kill it, reconnect, leave).
-It owns the leases and what must be repeated: a `Done` until it is acknowledged, a `Hello` until it is welcomed.
-`worker.runtime` carries the actions out.
+Events in (a message came, an executor began, time passed), `actions` out (send this, run that, kill
+it, reconnect, leave). It owns the leases and what must be repeated: a `Done` until it is
+acknowledged, a `Hello` until it is welcomed. `worker.runtime` carries the actions out.
 
     GREETING ──Welcome──► OPEN ──drain──► DRAINING ──nothing held──► LEFT
         ▲───── silence, Refused(unknown_session) ─────┘
+
+A lease that is given back while no connection stands is still presented in `Hello`, and returned
+after the Welcome: so the relay hears why it ended, and not only that it is gone.
 
 Time is an argument, in monotonic seconds. The relay's end is `turns`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from edif_hpc.domain.lease import HEARTBEAT_S, LeaseEnd
 from edif_hpc.wire import messages as m
@@ -34,6 +39,7 @@ from edif_hpc.wire.actions import (
 from edif_hpc.wire.turns import UNKNOWN_SESSION
 
 SILENCE_BEATS = 4
+_WORD = 200  # characters that a short text of the protocol may have
 
 
 class Link(StrEnum):
@@ -62,13 +68,30 @@ class WorkerSession:
     window: int
     executors: int
     state: str = "loading"
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     link: Link = Link.GREETING
     heartbeat_s: float = HEARTBEAT_S
     _leases: dict[str, _Lease] = field(default_factory=dict)
+    _owed: list[tuple[m.Held, m.Return]] = field(default_factory=list)
     _heard_at: float = 0.0
     _sent_at: float = 0.0
     _drain: str | None = None
+    _on: Mapping[type[m.Message], Callable[[Any], list[Action]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._on = {
+            m.Welcome: self._welcome,
+            m.Refused: self._refused,
+            m.Grant: self._grant,
+            m.Parts: lambda parts: [Urls(parts=parts)],
+            m.Ack: self._ack,
+            m.Reupload: self._reupload,
+            m.Abandon: self._abandon,
+            m.Cancel: self._cancel,
+            m.Steal: self._steal,
+            m.Drain: lambda order: self.drain(order.reason),
+            m.Beat: lambda _: [],
+        }
 
     # -- events from the runtime
 
@@ -84,21 +107,14 @@ class WorkerSession:
         *,
         detail: str = "",
         progress: float | None = None,
-        facts: dict[str, object] | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> list[Action]:
         """The worker's own state changed; a warm worker says how much it takes."""
+        if self._drain is not None:
+            return []  # it stays "draining", whatever becomes of its model
         self.state = state
         self.facts = facts if facts is not None else self.facts
-        if self.link is Link.GREETING:
-            return []
-        out: list[Action] = [
-            Send(
-                message=m.State(
-                    state=state, detail=detail[:200], progress=progress, facts=facts or {}
-                )
-            )
-        ]
-        return out + self._pull()
+        return self._tell_state(detail, progress, facts or {}) if self._talking else []
 
     def began(self, request: str, attempt: int) -> list[Action]:
         """An executor was given the request; from now on it cannot be stolen."""
@@ -118,41 +134,30 @@ class WorkerSession:
 
     def killed(self, request: str, attempt: int) -> list[Action]:
         """An executor that `Kill` named is gone."""
-        lease = self._mine(request, attempt)
-        if lease is None:
-            return []
-        return self._give_back(request, lease, LeaseEnd.RELEASED) + self._maybe_leave()
+        return self.returned(request, attempt, LeaseEnd.RELEASED, {})
 
     def returned(
-        self, request: str, attempt: int, end: LeaseEnd, evidence: dict[str, str]
+        self, request: str, attempt: int, end: LeaseEnd, evidence: Mapping[str, str]
     ) -> list[Action]:
-        """An attempt ended without an answer (its executor died): the relay decides whether it runs again."""
+        """An attempt ended without an answer: the relay decides whether it runs again."""
         lease = self._mine(request, attempt)
         if lease is None:
             return []
-        return self._give_back(request, lease, end, evidence) + self._maybe_leave()
+        return [*self._give_back(request, lease, end, evidence), *self._maybe_leave()]
 
     def drain(self, reason: str) -> list[Action]:
         """Take no more leases: give back what has not started, finish the rest, leave."""
         if self._drain is not None:
             return []
-        self._drain = reason
-        self.window = 0
-        out: list[Action] = [Draining(reason=reason)]
+        self._drain = reason[:_WORD]
+        self.state, self.window = "draining", 0
+        out: list[Action] = [Draining(reason=self._drain)]
         if self._talking:
             self.link = Link.DRAINING
-            out += self.changed("draining", detail=reason)
+            out += self._tell_state(self._drain, None, {})
         for request, lease in list(self._leases.items()):
             if not lease.started and lease.done is None:
-                out.append(
-                    Kill(
-                        request=request,
-                        attempt=lease.grant.attempt,
-                        reason="drained",
-                        report=False,
-                    )
-                )
-                out += self._give_back(request, lease, LeaseEnd.DRAINED)
+                out += self._take_off(request, lease, "drained", LeaseEnd.DRAINED)
         return out + self._maybe_leave()
 
     def tick(self, now: float) -> list[Action]:
@@ -168,43 +173,19 @@ class WorkerSession:
         if self.link is Link.GREETING:
             return self._greet(now)
         self._sent_at = now
-        out: list[Action] = [Send(message=m.Renew(held=self._held()))]
-        for lease in self._leases.values():
-            if lease.done is not None and now - lease.done_at > self.heartbeat_s:
-                out.append(Send(message=lease.done))
-        return out
-
-    # -- messages from the relay
+        unanswered = [
+            Send(message=each.done)
+            for each in self._leases.values()
+            if each.done is not None and now - each.done_at > self.heartbeat_s
+        ]
+        return [Send(message=m.Renew(held=self._held())), *unanswered]
 
     def received(self, message: m.FromRelay, now: float) -> list[Action]:
         """One message of the relay."""
+        if self.link is Link.LEFT:
+            return []
         self._heard_at = now
-        match message:
-            case m.Welcome():
-                return self._welcome(message)
-            case m.Refused():
-                return self._refused(message, now)
-            case m.Grant():
-                return self._grant(message)
-            case m.Ack():
-                return self._ack(message)
-            case m.Parts():
-                return [Urls(parts=message)]
-            case m.Reupload():
-                return self._reupload(message)
-            case m.Abandon():
-                return (
-                    self._forget(message.request, message.attempt, "abandoned")
-                    + self._maybe_leave()
-                )
-            case m.Cancel():
-                return self._cancel(message)
-            case m.Steal():
-                return self._steal(message)
-            case m.Drain():
-                return self.drain(message.reason)
-            case m.Beat():
-                return []
+        return self._on[type(message)](message)
 
     @property
     def held(self) -> int:
@@ -214,6 +195,81 @@ class WorkerSession:
     def holds(self, request: str, attempt: int) -> bool:
         """Whether this attempt is still this worker's."""
         return self._mine(request, attempt) is not None
+
+    # -- messages from the relay
+
+    def _welcome(self, message: m.Welcome) -> list[Action]:
+        if self.link is not Link.GREETING:
+            return []
+        self.link = Link.OPEN if self._drain is None else Link.DRAINING
+        self.heartbeat_s = message.heartbeat_s
+        out: list[Action] = [Welcomed(welcome=message)]
+        kept = {(each.request, each.attempt) for each in message.keep}
+        out += [
+            Send(message=back) for held, back in self._owed if (held.request, held.attempt) in kept
+        ]
+        self._owed.clear()
+        for request, lease in list(self._leases.items()):
+            if (request, lease.grant.attempt) not in kept:
+                out += self._forget(request, lease.grant.attempt, "abandoned")
+            elif lease.done is not None:
+                out.append(Send(message=lease.done))
+        out += self._pull()
+        if message.drain:
+            out += self.drain("ordered")
+        return out + self._maybe_leave()
+
+    def _refused(self, message: m.Refused) -> list[Action]:
+        if message.code != UNKNOWN_SESSION:
+            return [Fatal(code=message.code, detail=message.detail)]
+        # While greeting, it answers what was said before the Hello that is on its way.
+        return self.connected(self._heard_at) if self.link is not Link.GREETING else []
+
+    def _grant(self, message: m.Grant) -> list[Action]:
+        old = self._leases.get(message.request)
+        if old is not None and old.grant.attempt >= message.attempt:
+            return []
+        if self.state != "warm" or not self._talking:
+            end = LeaseEnd.RELEASED if self._drain is None else LeaseEnd.DRAINED
+            back = m.Return(request=message.request, attempt=message.attempt, reason=end)
+            return [Send(message=back)]
+        out = self._forget(message.request, old.grant.attempt, "replaced") if old else []
+        self._leases[message.request] = _Lease(grant=message)
+        return [*out, Run(grant=message)]
+
+    def _ack(self, message: m.Ack) -> list[Action]:
+        lease = self._mine(message.request, message.attempt)
+        if lease is None or lease.done is None:
+            return []
+        del self._leases[message.request]
+        return [Settled(request=message.request, attempt=message.attempt), *self._maybe_leave()]
+
+    def _reupload(self, message: m.Reupload) -> list[Action]:
+        lease = self._mine(message.request, message.attempt)
+        if lease is None or lease.done is None or lease.done.parts is None:
+            return []
+        done, lease.done = lease.done, None
+        return [UploadAgain(done=done)]
+
+    def _abandon(self, message: m.Abandon) -> list[Action]:
+        gone = self._forget(message.request, message.attempt, "abandoned")
+        return gone + self._maybe_leave()
+
+    def _cancel(self, message: m.Cancel) -> list[Action]:
+        request, attempt = message.request, message.attempt
+        lease = self._mine(request, attempt)
+        if lease is None or lease.killing:
+            return []
+        if lease.done is not None:
+            return self._forget(request, attempt, message.reason) + self._maybe_leave()
+        lease.killing = True
+        return [Kill(request=request, attempt=attempt, reason=message.reason, report=True)]
+
+    def _steal(self, message: m.Steal) -> list[Action]:
+        lease = self._mine(message.request, message.attempt)
+        if lease is None or lease.started or lease.done is not None or lease.killing:
+            return []
+        return self._take_off(message.request, lease, "stolen", LeaseEnd.STOLEN)
 
     # -- inside
 
@@ -226,7 +282,7 @@ class WorkerSession:
         return lease if lease is not None and lease.grant.attempt == attempt else None
 
     def _held(self) -> list[m.Held]:
-        return [
+        return [held for held, _ in self._owed] + [
             m.Held(request=key, attempt=each.grant.attempt, started=each.started)
             for key, each in self._leases.items()
         ]
@@ -242,109 +298,36 @@ class WorkerSession:
         )
         return [Send(message=hello)]
 
+    def _tell_state(
+        self, detail: str, progress: float | None, facts: dict[str, Any]
+    ) -> list[Action]:
+        told = m.State(state=self.state, detail=detail[:_WORD], progress=progress, facts=facts)
+        return [Send(message=told), *self._pull()]
+
     def _pull(self) -> list[Action]:
-        if self.state != "warm" and self._drain is None:
+        if self.state not in ("warm", "draining"):
             return []
         return [Send(message=m.Pull(window=self.window, executors=self.executors))]
 
-    def _welcome(self, message: m.Welcome) -> list[Action]:
-        if self.link is not Link.GREETING:
-            return []
-        self.link = Link.OPEN
-        self.heartbeat_s = message.heartbeat_s
-        kept = {(each.request, each.attempt) for each in message.keep}
-        out: list[Action] = [Welcomed(welcome=message)]
-        for request, lease in list(self._leases.items()):
-            if (request, lease.grant.attempt) not in kept:
-                out += self._forget(request, lease.grant.attempt, "abandoned")
-            elif lease.done is not None:
-                out.append(Send(message=lease.done))
-        if self._drain is not None:
-            self.link = Link.DRAINING
-        out += self._pull()
-        if message.drain:
-            out += self.drain("ordered")
-        return out + self._maybe_leave()
-
-    def _refused(self, message: m.Refused, now: float) -> list[Action]:
-        if message.code == UNKNOWN_SESSION:
-            return self.connected(now) if self.link is not Link.GREETING else []
-        return [Fatal(code=message.code, detail=message.detail)]
-
-    def _grant(self, message: m.Grant) -> list[Action]:
-        if self._drain is not None or not self._talking:
-            return [
-                Send(
-                    message=m.Return(
-                        request=message.request, attempt=message.attempt, reason=LeaseEnd.DRAINED
-                    )
-                )
-            ]
-        old = self._leases.get(message.request)
-        if old is not None and old.grant.attempt >= message.attempt:
-            return []
-        out = (
-            self._forget(message.request, old.grant.attempt, "replaced") if old is not None else []
-        )
-        self._leases[message.request] = _Lease(grant=message)
-        return [*out, Run(grant=message)]
-
-    def _ack(self, message: m.Ack) -> list[Action]:
-        lease = self._mine(message.request, message.attempt)
-        if lease is None or lease.done is None:
-            return []
-        del self._leases[message.request]
-        return [Settled(request=message.request, attempt=message.attempt), *self._maybe_leave()]
-
-    def _reupload(self, message: m.Reupload) -> list[Action]:
-        lease = self._mine(message.request, message.attempt)
-        if lease is None or lease.done is None:
-            return []
-        done, lease.done = lease.done, None
-        return [UploadAgain(done=done)]
-
-    def _cancel(self, message: m.Cancel) -> list[Action]:
-        lease = self._mine(message.request, message.attempt)
-        if lease is None or lease.killing:
-            return []
-        if lease.done is not None:
-            return (
-                self._forget(message.request, message.attempt, message.reason)
-                + self._maybe_leave()
-            )
-        lease.killing = True
-        return [
-            Kill(
-                request=message.request,
-                attempt=message.attempt,
-                reason=message.reason,
-                report=True,
-            )
-        ]
-
-    def _steal(self, message: m.Steal) -> list[Action]:
-        lease = self._mine(message.request, message.attempt)
-        if lease is None or lease.started or lease.done is not None:
-            return []
-        kill = Kill(
-            request=message.request, attempt=message.attempt, reason="stolen", report=False
-        )
-        return [kill, *self._give_back(message.request, lease, LeaseEnd.STOLEN)]
+    def _take_off(self, request: str, lease: _Lease, why: str, end: LeaseEnd) -> list[Action]:
+        kill = Kill(request=request, attempt=lease.grant.attempt, reason=why, report=False)
+        return [kill, *self._give_back(request, lease, end, {})]
 
     def _give_back(
-        self, request: str, lease: _Lease, end: LeaseEnd, evidence: dict[str, str] | None = None
+        self, request: str, lease: _Lease, end: LeaseEnd, evidence: Mapping[str, str]
     ) -> list[Action]:
+        attempt = lease.grant.attempt
         del self._leases[request]
-        if not self._talking:
-            return []  # the next Hello does not present it, which gives it back
-        back = m.Return(
-            request=request, attempt=lease.grant.attempt, reason=end, evidence=evidence or {}
-        )
-        return [Send(message=back)]
+        told = {key: text[:_WORD] for key, text in evidence.items()}
+        back = m.Return(request=request, attempt=attempt, reason=end, evidence=told)
+        settled = Settled(request=request, attempt=attempt)
+        if self._talking:
+            return [settled, Send(message=back)]
+        self._owed.append((m.Held(request=request, attempt=attempt, started=lease.started), back))
+        return [settled]
 
     def _forget(self, request: str, attempt: int, reason: str) -> list[Action]:
-        lease = self._mine(request, attempt)
-        if lease is None:
+        if self._mine(request, attempt) is None:
             return []
         del self._leases[request]
         return [
@@ -353,7 +336,9 @@ class WorkerSession:
         ]
 
     def _maybe_leave(self) -> list[Action]:
-        if self._drain is None or self._leases or self.link is not Link.DRAINING:
+        if self._drain is None or self._leases or self.link is Link.LEFT:
             return []
+        # Without a connection there is nobody to tell; the pilot will, or the leases expire.
+        bye = [Send(message=m.Goodbye(cause=self._drain))] if self._talking else []
         self.link = Link.LEFT
-        return [Send(message=m.Goodbye(cause=self._drain)), Leave(cause=self._drain)]
+        return [*bye, Leave(cause=self._drain)]

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = "edif"
 _BATCH = 512
+_DRAIN_BATCHES = 64
 _HWM = 4096
 _ZMTP_BEAT_MS = 10_000
 _KEEPALIVE_S = 60
@@ -64,8 +66,10 @@ class KeyPair:
 
     def save(self, path: Path) -> None:
         """Write it for the owner alone."""
-        path.touch(mode=0o600)
-        path.write_text(f"{self.public} {self.secret}\n")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            os.fchmod(fd, 0o600)  # of a file that was there before, too
+            file.write(f"{self.public} {self.secret}\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,7 @@ class LinkEvent(StrEnum):
     MISMATCH = "mismatch"  #: wrong server key, no CURVE, or not a ZeroMQ peer
 
 
-_EVENTS = {
+_EVENTS: Mapping[int, LinkEvent] = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkEvent.CONNECTED,
     zmq.EVENT_DISCONNECTED: LinkEvent.DISCONNECTED,
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkEvent.REFUSED,
@@ -105,15 +109,15 @@ class _Pump:
         self._handle = handle
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
-        self._closed = False
-        self._fd = socket.getsockopt(zmq.FD)
+        self._paused = False
+        self._fd = socket.fileno()
         self._loop.add_reader(self._fd, self.drain)
         self.again()
 
     def drain(self) -> int:
         """Hand over what has come; return how many messages that were."""
         self._scheduled = False
-        if self._closed:
+        if self._paused:
             return 0
         batch: list[list[zmq.Frame]] = []
         while len(batch) < _BATCH:
@@ -121,34 +125,35 @@ class _Pump:
                 batch.append(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
             except zmq.Again:
                 break
-        if batch:
-            self._handle(batch)
+        try:
+            if batch:
+                self._handle(batch)
+        finally:  # whatever became of these, the edge that announced the rest has passed
             self.again()
         return len(batch)
 
     def again(self) -> None:
         """Look once more soon: a send may have swallowed the edge that announced a message."""
-        if (
-            not self._scheduled
-            and not self._closed
-            and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN
-        ):
+        if self._scheduled or self._paused:
+            return
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._scheduled = True
             self._loop.call_soon(self.drain)
 
+    def pause(self) -> None:
+        """Stop reading, for good."""
+        if not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._fd)
+
     def close(self, *, linger_ms: int = 0) -> None:
         """Stop reading and close the socket; what is queued may still leave for `linger_ms`."""
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_reader(self._fd)
-            self._socket.close(linger=linger_ms)
+        self.pause()
+        self._socket.close(linger=linger_ms)
 
 
 def _monitor(socket: zmq.Socket[bytes], tell: Callable[[LinkEvent, str], None]) -> _Pump:
-    wanted = 0
-    for each in _EVENTS:
-        wanted |= each
-    watch: zmq.Socket[bytes] = socket.get_monitor_socket(wanted)
+    watch: zmq.Socket[bytes] = socket.get_monitor_socket(sum(_EVENTS))
 
     def handle(batch: list[list[zmq.Frame]]) -> None:
         for frames in batch:
@@ -180,8 +185,8 @@ class _Allow:
     def __init__(self, known: Callable[[str], bool]) -> None:
         self._known = known
 
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator for each handshake; `key` is Z85."""
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's signature
+        """Answer the authenticator about a handshake; `key` is Z85."""
         return self._known(key.decode())
 
 
@@ -211,6 +216,7 @@ class Router:
         self.refusals = 0
         self._on_batch = on_batch
         self._watch = _monitor(self._socket, self._saw)
+        self._pump = _Pump(self._socket, self._receive)
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
@@ -219,10 +225,11 @@ class Router:
                 f"cannot listen for workers on {bind}: {error}; choose another address or port"
             ) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._pump = _Pump(self._socket, self._receive)
 
     def send(self, route: bytes, frame: bytes) -> bool:
         """Queue a message for a connection; False if it is gone or does not read."""
+        if self._socket.closed:
+            return False
         try:
             self._socket.send_multipart((route, frame), zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -233,16 +240,20 @@ class Router:
         return True
 
     def drain(self) -> None:
-        """Hand over everything that lies unread in the socket, now."""
-        while self._pump.drain():
-            pass
+        """Hand over what lies unread in the socket, now; a peer that floods it cannot hold us."""
+        for _ in range(_DRAIN_BATCHES):
+            if not self._pump.drain():
+                return
+
+    def stop_reading(self) -> None:
+        """Hand over nothing any more; what is sent still goes out."""
+        self._pump.pause()
 
     def close(self) -> None:
         """Close the socket and everything that watches it."""
         self._socket.disable_monitor()
         self._watch.close()
-        if hasattr(self, "_pump"):
-            self._pump.close()
+        self._pump.close()
         self._auth.stop()
         self._context.destroy(linger=0)
 
@@ -317,7 +328,13 @@ class Dealer:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         self._watch = _monitor(self._socket, self._on_event)
-        self._socket.connect(self._endpoint)
+        try:
+            self._socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            raise SettingsError(
+                f"{self._endpoint!r} is not an address to dial: {error}; the relay's worker_endpoint "
+                "has the form tcp://HOST:PORT"
+            ) from error
         self._pump = _Pump(self._socket, self._receive)
 
     def _shut(self, *, linger_ms: int = 0) -> None:

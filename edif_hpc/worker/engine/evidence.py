@@ -27,7 +27,7 @@ def oom_kills() -> int:
     return 0
 
 
-def judge(exited: Exited, limits: Limits, kernel_killed: bool) -> tuple[FailureKind, str]:  # noqa: FBT001
+def judge(exited: Exited, limits: Limits, *, out_of_memory: bool) -> tuple[FailureKind, str]:
     """Return the kind of failure and what to tell the researcher."""
     used = f"it had used {exited.peak_rss_bytes // MIB} MiB"
     if os.WIFEXITED(exited.status):
@@ -35,7 +35,7 @@ def judge(exited: Exited, limits: Limits, kernel_killed: bool) -> tuple[FailureK
         return FailureKind.CRASH, f"the code ended its own process with status {code}; {used}"
     number = os.WTERMSIG(exited.status)
     name = signal.Signals(number).name
-    if number == signal.SIGKILL and kernel_killed:
+    if number == signal.SIGKILL and out_of_memory:
         return FailureKind.OOM, (
             f"the kernel ended the process because memory ran out; {used}, and a request may use "
             f"{limits.memory_bytes // MIB} MiB: use a smaller batch, fewer tokens, or save less"

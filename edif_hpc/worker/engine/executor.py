@@ -190,7 +190,7 @@ def _reseed() -> int:
     """Draw a seed from the system and set all generators by it."""
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the generator that researchers' code uses
+    np.random.seed(seed)
     torch.manual_seed(seed)
     return seed
 

@@ -204,7 +204,9 @@ def _try(layers: Layers, scratch: Path) -> str | None:
     def executor(jail: Jail) -> None:
         jail.enter(Cell(folder=scratch))
         if layers.landlock:
-            _must_be_denied(lambda: os.close(os.open(scratch.parent, os.O_RDONLY)), "other folders")
+            _must_be_denied(
+                lambda: os.close(os.open(scratch.parent, os.O_RDONLY)), "other folders"
+            )
         if layers.seccomp:
             _must_be_denied(lambda: socket.socket().close(), "sockets")
 
@@ -256,7 +258,7 @@ def _must_be_denied(act: Callable[[], None], what: str) -> None:
 
 
 def _be_alone(step: str) -> None:
-    threads = len(os.listdir("/proc/self/task"))
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208 - the cheap way, once per step
     if threads != 1:
         raise EngineError(f"{threads} threads before the step {step!r}; it would bind only one")
 
@@ -305,8 +307,8 @@ def _set_limits(*, own_user: bool) -> None:
         limits[resource.RLIMIT_NPROC] = PROCESSES
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (most, most))
 
 
 def _python() -> list[Path]:

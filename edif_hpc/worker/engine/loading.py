@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.ndif import get_local_env
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from edif_hpc.errors import NotPermitted, SettingsError
 from edif_hpc.worker.engine.messages import Load
@@ -77,7 +77,9 @@ def load_model(load: Load, source: Source) -> Any:
     """
     import_path, _, suffix = load.model_key.partition(":")
     if import_path not in CLASSES:
-        raise NotPermitted(f"model class {import_path!r} is not served; known: {', '.join(CLASSES)}")
+        raise NotPermitted(
+            f"model class {import_path!r} is not served; known: {', '.join(CLASSES)}"
+        )
     identity = {**json.loads(suffix), "repo_id": source.place, "revision": source.commit}
     key = f"{import_path}:{json.dumps(identity)}"
     return Remotable.from_model_key(key, dispatch=True, **_dtype(load.dtype))
@@ -104,7 +106,9 @@ def _dtype(name: str) -> dict[str, Any]:
         return {}
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise SettingsError(f"dtype {name!r} is not a torch dtype; for example float32, bfloat16, auto")
+        raise SettingsError(
+            f"dtype {name!r} is not a torch dtype; for example float32, bfloat16, auto"
+        )
     return {"dtype": dtype}
 
 

@@ -145,9 +145,7 @@ class Decoder:
         return decode(payload, self._accepts)
 
 
-def _receive(
-    sock: socket.socket, max_fds: int, flags: int = 0
-) -> tuple[bytes, list[int]]:
+def _receive(sock: socket.socket, max_fds: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """Read what is there; descriptors beyond `max_fds` are closed by the kernel."""
     space = socket.CMSG_SPACE(max_fds * array.array("i").itemsize) if max_fds else 0
     data, ancillary, _, _ = sock.recvmsg(CHUNK_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC)
@@ -158,6 +156,12 @@ def _receive(
     if not data:
         raise PeerClosed("the other end closed the socket")
     return data, list(fds)
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """Let `future` be done, if it is not yet: what a callback of the loop does to wake a task."""
+    if not future.done():
+        future.set_result(None)
 
 
 def _take(fds: list[int], message: Message) -> list[int]:
@@ -224,7 +228,7 @@ class AsyncChannel:
         receive_limit: int,
         max_fds: int = 0,
     ) -> None:
-        sock.setblocking(False)
+        sock.settimeout(0)
         self._sock = sock
         self._sending = asyncio.Lock()
         self._decoder = Decoder(accepts, receive_limit)
@@ -288,7 +292,7 @@ class AsyncChannel:
     async def _once(self, add: Callable[..., Any], remove: Callable[..., Any]) -> None:
         """Wait until the callback that `add` installs is called."""
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        add(self._sock, lambda: ready.done() or ready.set_result(None))
+        add(self._sock, settle, ready)
         try:
             await ready
         finally:

@@ -89,6 +89,8 @@ class Store:
         self._held: io.BytesIO | None = io.BytesIO()
         self._reported = 0
         self.size = 0
+        #: What stopped the writing. `torch.save` turns it into an error of its own.
+        self.failure: Exception | None = None
 
     @property
     def inline(self) -> bytes | None:
@@ -99,9 +101,21 @@ class Store:
         """Take bytes; return how many.
 
         Raises:
-            TooLarge: the result is above the limit.
+            TooLarge: the result is above the limit, or the disk is full.
         """
         view = memoryview(data).cast("B")
+        try:
+            for start in range(0, view.nbytes, PIECE_BYTES):
+                self._take(view[start : start + PIECE_BYTES])
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: what is held is wanted as it is."""
+
+    def _take(self, view: memoryview) -> None:
         self.size += view.nbytes
         if self.size > self._max_bytes:
             raise TooLarge(
@@ -109,24 +123,25 @@ class Store:
                 "save less (slice before .save(), fewer layers or tokens, a smaller dtype), or ask "
                 "the operator for a higher limit"
             )
-        if self._held is not None and self.size > self._inline_bytes:
+        if self._held is not None and self.size <= self._inline_bytes:
+            self._held.write(view)
+            return
+        if self._held is not None:
             self._to_file(self._held.getbuffer())
             self._held = None
-        if self._held is not None:
-            self._held.write(view)
-        else:
-            self._to_file(view)
-        return view.nbytes
-
-    def flush(self) -> None:
-        """Do nothing: what is held is wanted as it is."""
-
-    def _to_file(self, view: memoryview) -> None:
-        while view:
-            view = view[os.write(self._fd, view) :]
+        self._to_file(view)
         if self.size - self._reported >= REPORT_BYTES:
             self._reported = self.size
             self._report(self.size)
+
+    def _to_file(self, view: memoryview) -> None:
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise TooLarge(
+                f"the result could not be kept: {error}; save less, or try later"
+            ) from error
 
 
 class Compressed:
@@ -152,7 +167,18 @@ class Compressed:
 
 
 def write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
-    """Write the result into `store` as the client expects it."""
+    """Write the result into `store` as the client expects it.
+
+    Raises:
+        TooLarge: it does not fit.
+    """
+    try:
+        _write(saves, store, compress=compress)
+    except RuntimeError as error:
+        raise store.failure or error from None
+
+
+def _write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
     module = _pickling(_compact(saves))
     if not compress:
         _save(saves, store, module)
@@ -174,7 +200,7 @@ def _pickling(replaced: Mapping[int, torch.Tensor]) -> Any:
     class Pickler(pickle.Pickler):
         def reducer_override(self, obj: Any) -> Any:
             other = replaced.get(id(obj)) if isinstance(obj, torch.Tensor) else None
-            return NotImplemented if other is None else other.__reduce_ex__(4)
+            return NotImplemented if other is None else other.__reduce_ex__(4)  # type: ignore[no-untyped-call]
 
     return SimpleNamespace(Pickler=Pickler, __name__="pickle")
 
@@ -210,7 +236,9 @@ def _tensors(saves: dict[str, Any]) -> list[torch.Tensor]:
 
     class Finder(pickle.Pickler):
         def persistent_id(self, obj: Any) -> str | None:
-            return "storage" if isinstance(obj, torch.UntypedStorage | torch.TypedStorage) else None
+            return (
+                "storage" if isinstance(obj, torch.UntypedStorage | torch.TypedStorage) else None
+            )
 
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, torch.Tensor):

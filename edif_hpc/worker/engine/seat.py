@@ -22,7 +22,7 @@ from edif_hpc.worker.engine.messages import (
     Run,
     Written,
 )
-from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel
+from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel, settle
 from edif_hpc.worker.engine.values import (
     INLINE_BYTES,
     Failed,
@@ -50,9 +50,7 @@ class Seat:
             self.result, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
         )
         ours, theirs = socket.socketpair()
-        self.channel = AsyncChannel(
-            ours, accepts=FROM_EXECUTOR, receive_limit=FROM_EXECUTOR_BYTES
-        )
+        self.channel = AsyncChannel(ours, accepts=FROM_EXECUTOR, receive_limit=FROM_EXECUTOR_BYTES)
         self.theirs = theirs
         self.killed = False
         self.exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
@@ -68,7 +66,9 @@ class Seat:
     def handed_over(self) -> None:
         """Close what only the executor needs."""
         self.theirs.close()
-        os.close(self.result_fd)
+        if self.result_fd >= 0:
+            os.close(self.result_fd)
+            self.result_fd = -1
 
     def kill(self) -> None:
         """End the process, now or as soon as it exists."""
@@ -76,6 +76,18 @@ class Seat:
         if self._pidfd is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def gone(self) -> None:
+        """Wait until the process is no more, whoever reaps it."""
+        if self._pidfd is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._pidfd, settle, ended)
+        try:
+            await ended
+        finally:
+            loop.remove_reader(self._pidfd)
 
     async def ready(self) -> list[str]:
         """Wait until the executor can take a job; return the steps that confined it.
@@ -120,7 +132,9 @@ class Seat:
                     raise RemoteProtocolError(f"{type(message).__name__} during a job")
 
     async def _hand_over(self, job: Job) -> None:
-        inline = job.blob if isinstance(job.blob, bytes) and len(job.blob) <= INLINE_BYTES else None
+        inline = (
+            job.blob if isinstance(job.blob, bytes) and len(job.blob) <= INLINE_BYTES else None
+        )
         run = Run(
             blob=inline,
             compress=job.compress,
@@ -155,6 +169,7 @@ class Seat:
 
     def clear(self) -> None:
         """Remove what is left of an executor that was reaped."""
+        self.handed_over()
         self.channel.close()
         if self._pidfd is not None:
             os.close(self._pidfd)

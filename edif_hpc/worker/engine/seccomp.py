@@ -106,7 +106,11 @@ def program(*, threads_only: bool, pid: int) -> bytes:
                 _argument(0),
                 _op(_ANY_BIT, _CLONE_NAMESPACES, 0, 1),
                 _fail(errno.EPERM),
-                *([_op(_ANY_BIT, _CLONE_THREAD, 1, 0), _fail(errno.EPERM)] if threads_only else []),
+                *(
+                    [_op(_ANY_BIT, _CLONE_THREAD, 1, 0), _fail(errno.EPERM)]
+                    if threads_only
+                    else []
+                ),
                 _op(_RETURN, _ALLOW),
             ],
         ),

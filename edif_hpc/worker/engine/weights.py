@@ -90,7 +90,7 @@ def _aligned(size: int) -> int:
 
 def _write(fd: int, start: int, storage: torch.UntypedStorage) -> None:
     """Copy a storage into the file, in pieces as large as the kernel takes."""
-    content = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    content = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
     while content:
         written = os.pwrite(fd, content, start)
         content, start = content[written:], start + written

@@ -18,7 +18,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -55,10 +54,7 @@ def main(arguments: list[str]) -> int:
         socket.socket(fileno=control_fd), accepts=TO_ZYGOTE, send_limit=FROM_ZYGOTE_BYTES
     )
     try:
-        message, _ = channel.receive()
-        if not isinstance(message, Load):
-            raise EngineError(f"a zygote is sent {type(message).__name__} before Load")
-        house, loaded = _prepare(message, channel, worker_pid)
+        house, loaded = _prepare(_load(channel), channel, worker_pid)
         channel.send(loaded)
         Zygote(house, channel).serve()
     except PeerClosed:
@@ -66,8 +62,17 @@ def main(arguments: list[str]) -> int:
     except EdifError as error:
         channel.send(Refused(code=error.code, message=str(error)))
     except Exception as error:  # noqa: BLE001 - a process main: whatever stops it is reported
-        channel.send(Refused(code=EngineError.code, message=f"{type(error).__name__}: {error}"[:4000]))
+        channel.send(
+            Refused(code=EngineError.code, message=f"{type(error).__name__}: {error}"[:4000])
+        )
     return 1
+
+
+def _load(channel: Channel) -> Load:
+    message, _ = channel.receive()
+    if not isinstance(message, Load):
+        raise EngineError(f"a zygote is sent {type(message).__name__} before Load")
+    return message
 
 
 def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Loaded]:

@@ -100,5 +100,6 @@ def test_stopping_tells_the_listeners(start_relay: Callable[..., Relay]) -> None
     relay.loop.call_soon_threadsafe(relay.server.stop)
     opcode, data = connection.recv_data(control_frame=True)
     assert (opcode, data[:2]) == (websocket.ABNF.OPCODE_CLOSE, (1012).to_bytes(2, "big"))
+    assert connection.sock is not None
     connection.sock.close()
     wait_until(lambda: relay.broker.closed, 5, "the session is closed")

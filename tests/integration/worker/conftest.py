@@ -133,7 +133,9 @@ def spec(source: Path, scratch: Path, **changes: Any) -> EngineSpec:
 
 
 @asynccontextmanager
-async def serving(model: Any, source: Path, scratch: Path, **changes: Any) -> AsyncIterator[Service]:
+async def serving(
+    model: Any, source: Path, scratch: Path, **changes: Any
+) -> AsyncIterator[Service]:
     """An engine for the duration of the context."""
     engine = Engine(spec(source, scratch, **changes))
     info = await engine.start()

@@ -1,5 +1,7 @@
 """What a request computes is what the same block computes locally, bit for bit."""
 
+# ruff: noqa: F841 - what a block binds is what the client gets back
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -66,7 +68,9 @@ def backward(model: Any, **where: Any) -> dict[str, Any]:
 def caching(model: Any, **where: Any) -> dict[str, Any]:
     with model.trace("keep everything", **where) as tracer:
         cache = tracer.cache(modules=[model.transformer.h[0], model.transformer.h[1]])
-    return {path: cache[path].output for path in ("model.transformer.h.0", "model.transformer.h.1")}
+    return {
+        path: cache[path].output for path in ("model.transformer.h.0", "model.transformer.h.1")
+    }
 
 
 def skipping(model: Any, **where: Any) -> dict[str, Any]:
@@ -135,7 +139,9 @@ async def test_llama_with_its_rotary_buffers_and_ties(tiny_llama: Path, tmp_path
         with model.trace("positions matter here", **where):
             hidden = model.model.layers[1].output.save()
             logits = model.lm_head.output.save()
-            tied = nnsight.save(model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr())
+            tied = nnsight.save(
+                model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+            )
         return {"hidden": hidden, "logits": logits, "tied": tied}
 
     model = client(tiny_llama)
@@ -148,9 +154,7 @@ async def test_llama_with_its_rotary_buffers_and_ties(tiny_llama: Path, tmp_path
         assert torch.equal(remote["logits"], local["logits"])
 
 
-async def test_attention_is_what_the_client_resolved(
-    tiny_gpt2: Path, service: Service
-) -> None:
+async def test_attention_is_what_the_client_resolved(tiny_gpt2: Path, service: Service) -> None:
     from nnsight import TransformersModel
 
     eager = TransformersModel(
@@ -164,7 +168,9 @@ async def test_attention_is_what_the_client_resolved(
     assert (await service.send(trace)).saved.meta["attn_implementation"] == "sdpa"
 
 
-async def test_gradients_are_tracked_only_when_the_request_speaks_of_them(service: Service) -> None:
+async def test_gradients_are_tracked_only_when_the_request_speaks_of_them(
+    service: Service,
+) -> None:
     assert (await service.send(trace)).saved.meta["gradients"] is False
     assert (await service.send(backward)).saved.meta["gradients"] is True
 
@@ -172,7 +178,7 @@ async def test_gradients_are_tracked_only_when_the_request_speaks_of_them(servic
 async def test_a_session_may_turn_gradients_on(service: Service) -> None:
     def training(model: Any, **where: Any) -> None:
         with model.session(**where):
-            with torch.no_grad():
+            with torch.no_grad():  # noqa: SIM117 - a traced block has its own `with`
                 with model.trace("an activation"):
                     x = model.transformer.h[0].output.clone()
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The life of a request: its table, its closed list of names, and what a waiting client is shown."""
+"""The life of a request: its table, its closed list of names, what a waiting client is shown."""
 
 from __future__ import annotations
 

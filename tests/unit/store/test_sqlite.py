@@ -1,4 +1,4 @@
-"""What only the real store does: durability, locks, migrations, and honest words when disks fail."""
+"""What only the real store does: durability, locks, migrations, honest words of failing disks."""
 
 from __future__ import annotations
 

@@ -254,24 +254,25 @@ async def test_those_who_wait_behind_a_fault_hear_too(store: CountingStore) -> N
     class Fault(BaseException):
         pass
 
+    entered, go_on = threading.Event(), threading.Event()
+
     def fault(store: Store) -> None:
+        entered.set()
+        go_on.wait(WAIT_S)
         raise Fault
 
     writer = Writer(store)
     writer.start()
-    with store.held_up():
-        first = writer.submit(add("a"))
-        await store.until_held()
-        doomed = writer.submit(fault)
-    # `behind` is submitted while the thread may already be dying.
-    behind = writer.submit(add("b"))
-    outcomes = await asyncio.gather(first, doomed, behind, return_exceptions=True)
-    assert outcomes[0] == "a"
-    assert isinstance(outcomes[1], StoreUnavailable)
-    assert isinstance(outcomes[2], StoreUnavailable)
+    doomed = writer.submit(fault)
+    assert await asyncio.to_thread(entered.wait, WAIT_S)
+    behind = [writer.submit(add("b")), writer.submit(add("c"), lazy=True)]
+    go_on.set()
+    async with asyncio.timeout(WAIT_S):
+        outcomes = await asyncio.gather(doomed, *behind, return_exceptions=True)
+    assert [type(each) for each in outcomes] == [StoreUnavailable] * 3
     assert isinstance(await writer.died, Fault)
     await writer.stop()
-    assert names(store) == ["a"]
+    assert names(store) == []
 
 
 async def test_a_writer_whose_loop_is_gone_ends_quietly(store: CountingStore) -> None:

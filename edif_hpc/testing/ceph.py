@@ -1,0 +1,223 @@
+"""A real S3 server for tests and benches: Ceph's object gateway over a store in memory.
+
+Three daemons of Debian's own packages, all bound to 127.0.0.1: a monitor, one storage daemon that keeps its objects
+in RAM, and the gateway that speaks S3. It checks signatures and their expiry, ranges, parts and quotas as a
+university's Ceph does, because it is the same program. Nothing survives `stop`, and nothing else on the machine
+is touched but for the packages: they are installed if they are missing, which needs root and apt. The daemons
+themselves run as whoever calls.
+
+    with serve_s3(Path("/tmp/ceph")) as s3:
+        s3.admin("bucket", "list")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from edif_hpc.errors import LaunchError
+from edif_hpc.testing.wait import wait_until
+
+PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
+PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool", "ceph")
+DAEMONS = ("mon.a", "osd.0", "client.rgw")
+_CLUSTER = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000001"
+_DISK = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000002"
+_STORE_BYTES = 8 << 30
+_START_S = 60.0
+
+_CONF = """\
+[global]
+fsid = {cluster}
+mon initial members = a
+mon host = [v2:127.0.0.1:{mon}/0,v1:127.0.0.1:{mon_v1}/0]
+public network = 127.0.0.0/8
+keyring = {root}/keyring
+auth allow insecure global id reclaim = false
+run dir = {root}/run
+admin socket = {root}/run/$name.$pid.asok
+pid file = {root}/run/$name.pid
+log file = {root}/log/$name.log
+crash dir = {root}/log
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 8
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon max pg per osd = 2000
+[mon]
+mon data = {root}/mon
+mon data avail crit = 0
+[osd]
+osd data = {root}/osd
+osd objectstore = memstore
+memstore device bytes = {store_bytes}
+osd max object name len = 256
+osd max object namespace len = 64
+[client.rgw]
+rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw data = {root}/rgw
+rgw dns name = localhost
+rgw gc obj min wait = 5
+rgw gc processor period = 10
+rgw bucket quota ttl = 0
+rgw user quota bucket sync interval = 1
+rgw user quota sync interval = 1
+"""
+
+
+class S3Missing(LaunchError):
+    """The server's packages are not installed, and this user cannot install them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running server and the user that it knows."""
+
+    root: Path
+    port: int
+    access_key: str = "EDIFTESTKEY"
+    secret_key: str = "ediftestsecret"  # noqa: S105 - of a server that lives for a test
+    user: str = "edif"
+
+    @property
+    def url(self) -> str:
+        """Its endpoint."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def admin(self, *words: str) -> str:
+        """Run `radosgw-admin`: users, quotas, statistics."""
+        return _run(["radosgw-admin", "-n", "client.rgw", *words], _environment(self.root))
+
+    def pause(self) -> None:
+        """Stop the gateway in the middle of whatever it does; connections stay open and nothing answers."""
+        os.kill(_pid(self.root, "client.rgw") or 0, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the gateway go on."""
+        os.kill(_pid(self.root, "client.rgw") or 0, signal.SIGCONT)
+
+
+@contextmanager
+def serve_s3(root: Path) -> Iterator[S3Server]:
+    """Start a server with its files below `root`, which must be new; stop it at the end.
+
+    Raises:
+        S3Missing: the packages are missing and cannot be installed.
+        LaunchError: a daemon did not start; the message ends with its words.
+    """
+    _install()
+    server = S3Server(root=root, port=_free_ports(1)[0])
+    try:
+        _start(server)
+        yield server
+    finally:
+        _stop(root)
+
+
+def _install() -> None:
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if not missing:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise S3Missing(
+            f"a real S3 server needs {', '.join(missing)}; as root on Debian or Ubuntu: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
+        )
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    _run(["apt-get", "update", "-qq"], quiet, timeout_s=300)
+    _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], quiet, timeout_s=600)
+
+
+def _start(server: S3Server) -> None:
+    root, mon = server.root, _free_ports(2)
+    for name in ("mon", "osd", "rgw", "run", "log"):
+        (root / name).mkdir(parents=True, mode=0o755)
+    conf = _CONF.format(
+        cluster=_CLUSTER, mon=mon[0], mon_v1=mon[1], root=root, port=server.port,
+        store_bytes=_STORE_BYTES,
+    )
+    (root / "ceph.conf").write_text(conf)
+    env = _environment(root)
+    _make_keys(root, env)
+    address = f"[v2:127.0.0.1:{mon[0]},v1:127.0.0.1:{mon[1]}]"
+    _run(["monmaptool", "--create", "--clobber", "--addv", "a", address, "--fsid", _CLUSTER, str(root / "monmap")], env)
+    _run(["ceph-mon", "--mkfs", "-i", "a", "--monmap", str(root / "monmap"), "--keyring", str(root / "keyring")], env)
+    _run(["ceph-mon", "-i", "a"], env)
+    _run(["ceph", "osd", "create", _DISK], env)
+    _run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env)
+    _run(["ceph-osd", "-i", "0"], env)
+    wait_until(lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up")
+    _run(["radosgw", "-n", "client.rgw"], env)
+    wait_until(lambda: _answers(server.url), _START_S, "the gateway answers")
+    server.admin(
+        "user", "create", f"--uid={server.user}", "--display-name=edif", f"--access-key={server.access_key}",
+        f"--secret-key={server.secret_key}",
+    )
+
+
+def _make_keys(root: Path, env: Mapping[str, str]) -> None:
+    keyring = str(root / "keyring")
+    all_caps = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
+    _run(["ceph-authtool", keyring, "--create-keyring", "-n", "mon.", "--gen-key", "--cap", "mon", "allow *"], env)
+    for name in ("client.admin", "client.rgw", "osd.0"):
+        _run(["ceph-authtool", keyring, "-n", name, "--gen-key", *all_caps], env)
+
+
+def _stop(root: Path) -> None:
+    # The store is disposable, and the storage daemon takes long over a TERM.
+    for name in reversed(DAEMONS):
+        pid = _pid(root, name)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _pid(root: Path, daemon: str) -> int | None:
+    try:
+        return int((root / "run" / f"{daemon}.pid").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "CEPH_CONF": str(root / "ceph.conf"), "CEPH_ARGS": "", "HOME": str(root)}
+
+
+def _run(command: list[str], env: Mapping[str, str], *, timeout_s: float = _START_S) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode != 0:
+        raise LaunchError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - our own loopback address
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with _reserved(count) as sockets:
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def _reserved(count: int) -> Iterator[list[socket.socket]]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        yield sockets
+    finally:
+        for each in sockets:
+            each.close()
