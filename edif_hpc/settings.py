@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 import tomllib
 import types
 import typing
@@ -28,6 +29,17 @@ from edif_hpc.errors import SettingsError
 SECTIONS = ("relay", "worker", "pilot", "launcher", "client")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_RELAY = "http://127.0.0.1:8710"
+
+_URLS = (
+    "public_url",
+    "worker_base_url",
+    "hub_upstream",
+    "s3_endpoint",
+    "s3_worker_endpoint",
+    "s3_public_endpoint",
+)
+_LONGEST_S3_LINK_S = 7 * 24 * 3600.0
+_S3_PREFIX = re.compile(r"(?:[A-Za-z0-9_.-]+/)*", re.ASCII)
 
 _T = TypeVar("_T", bound="Settings")
 _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
@@ -87,6 +99,26 @@ class RelaySettings(Settings):
     max_request_bytes: int = 1 << 30
     #: results up to this size travel inline and lie in the queue's rows
     inline_result_bytes: int = 1 << 20
+    #: S3 bucket that results go to; None keeps them in data_dir
+    s3_bucket: str | None = None
+    #: address of the S3 store as the relay reaches it
+    s3_endpoint: str | None = None
+    #: the same as workers reach it, if it differs
+    s3_worker_endpoint: str | None = None
+    #: the same as researchers reach it, if it differs
+    s3_public_endpoint: str | None = None
+    #: name of the S3 key
+    s3_access_key: str | None = None
+    #: the S3 key's secret; only the relay has it
+    s3_secret_key: str | None = field(default=None, metadata={"secret": True})
+    #: region that S3 signatures name; a site's own store takes the default
+    s3_region: str = "us-east-1"
+    #: what all object names in the bucket begin with; nothing else in it is touched
+    s3_prefix: str = "edif-hpc/"
+    #: how long a signed S3 URL is valid
+    s3_link_s: float = 3600.0
+    #: how long a result is tried on a store that does not take it, before its request ends in an error
+    store_patience_s: float = 3600.0
     #: how long results are kept
     result_retention_s: float = 7 * 24 * 3600.0
     #: how long a request may wait before it ends in an error, if its token does not say
@@ -105,6 +137,16 @@ class RelaySettings(Settings):
     lease_s: float = 30.0
     #: pause between the heartbeats of workers
     heartbeat_s: float = 5.0
+    #: the real Hub behind `/hub`, such as https://huggingface.co; None answers only for what is here
+    hub_upstream: str | None = None
+    #: names that may be asked of the real Hub, besides deployed ones: patterns with `*`, apart by commas or spaces
+    hub_allow: str = ""
+    #: deployments from a folder of the relay's disk whose weights the hub hands out: patterns as in hub_allow
+    hub_weights: str = ""
+    #: the hub answers only who shows an API key of this relay as the Hub's token (HF_TOKEN)
+    hub_login: bool = False
+    #: largest model that may be published on the hub, weights included if they are
+    hub_max_bytes: int = 64 << 30
     #: for tests: where to kill, stop or raise
     failpoints: str = ""
     #: debug, info, warning or error
@@ -127,14 +169,31 @@ class RelaySettings(Settings):
                 f"relay: lease_s ({self.lease_s}) must be at least two heartbeats ({self.heartbeat_s} s each), "
                 "or one lost message ends a lease"
             )
-        for name in ("public_url", "worker_base_url"):
+        for name in _URLS:
             _strip_url(self, name)
+        self._check_s3()
         self._check_exposure()
 
     @property
     def tls(self) -> bool:
         """Whether TLS ends here."""
         return self.tls_cert is not None
+
+    def _check_s3(self) -> None:
+        needed = ("s3_bucket", "s3_endpoint", "s3_access_key", "s3_secret_key")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing and len(missing) < len(needed):
+            raise SettingsError(
+                f"relay: {', '.join(needed)} belong together; not set: {', '.join(missing)}"
+            )
+        if not 1 <= self.s3_link_s <= _LONGEST_S3_LINK_S:
+            raise SettingsError(
+                f"relay: s3_link_s is {self.s3_link_s}; S3 signs for 1 to {_LONGEST_S3_LINK_S:.0f} s"
+            )
+        if _S3_PREFIX.fullmatch(self.s3_prefix) is None:
+            raise SettingsError(
+                f"relay: s3_prefix is {self.s3_prefix!r}; it must be folders that each end in a slash"
+            )
 
     def _check_exposure(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from edif_hpc.testing.hub import serve_hub
 from edif_hpc.testing.models import build_tiny_gpt2, build_tiny_llama
+
+if TYPE_CHECKING:
+    from edif_hpc.testing.ceph import S3Server
 
 TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "model", "integration", "acceptance")
@@ -65,6 +69,26 @@ def loopback_hub(tiny_gpt2: Path, tiny_llama: Path) -> Iterator[str]:
     repos = {"edif/tiny-gpt2": tiny_gpt2, "edif/tiny-llama": tiny_llama}
     with serve_hub(repos, {"tiny-gpt2": "edif/tiny-gpt2"}) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server (Ceph's), shared by all tests that need one."""
+    from edif_hpc.testing.ceph import S3Missing, serve_s3
+
+    try:
+        with serve_s3(tmp_path_factory.mktemp("ceph") / "root") as server:
+            yield server
+    except S3Missing as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: S3Server) -> str:
+    """A bucket; each test takes a prefix of its own."""
+    return s3_server.make_bucket("results")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ words. A relay that cannot be reached is `Unreachable`, and the message says wha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,7 @@ from edif_hpc.errors import EdifError, SettingsError, Unavailable
 from edif_hpc.settings import ClientSettings, is_loopback
 
 TIMEOUT_S = 30.0
+UPLOAD_TIMEOUT_S = 600.0
 
 
 class Unreachable(Unavailable):
@@ -42,6 +44,11 @@ class Api:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON of a POST."""
         return self._call("POST", path, json=body).json()
+
+    def put_file(self, path: str, file: Path) -> None:
+        """PUT a file's bytes; the relay answers when they are on its disk."""
+        with file.open("rb") as content:
+            self._call("PUT", path, content=content, timeout=UPLOAD_TIMEOUT_S)
 
     def delete(self, path: str, **params: Any) -> Any:
         """The JSON of a DELETE."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,24 +74,21 @@ def start(
     Raises:
         LaunchError: it ended, or did not say so in time; the message holds the end of its log.
     """
-    with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 - this very interpreter
-            [sys.executable, "-u", "-m", *arguments],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline:
+    log.touch(mode=0o600)
+    command = [sys.executable, "-u", "-m", *arguments]
+    files = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_APPEND, 0),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    pid = os.posix_spawn(command[0], command, dict(environ), file_actions=files, setsid=True)
+    started, deadline = Process.of(pid), time.monotonic() + timeout_s
+    while (alive := started is not None and started.alive) and time.monotonic() < deadline:
         for line in log.read_text(errors="replace").splitlines():
             if until in line:
                 return line
         time.sleep(_INTERVAL_S)
-    state = (
-        "did not get ready" if process.returncode is None else f"ended with {process.returncode}"
-    )
+    state = f"did not get ready within {timeout_s:.0f} s" if alive else "ended"
     tail = " | ".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
     raise LaunchError(f"{' '.join(arguments[:3])} {state}: {tail or 'it said nothing'}")
 

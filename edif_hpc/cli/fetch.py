@@ -21,7 +21,6 @@ from edif_hpc.errors import Conflict, EdifError, Unavailable
 
 IDLE_TRIES = 5
 _TIMEOUT_S = 60.0
-_PIECE_BYTES = 1 << 20
 _FINAL = ("COMPLETED", "ERROR")
 
 
@@ -93,7 +92,7 @@ def _append(url: str, collected: Path, start: int, total: int, progress: Progres
             check(response)
         goes_on = response.status_code == httpx.codes.PARTIAL_CONTENT
         with collected.open("ab" if goes_on else "wb") as file:
-            for piece in response.iter_raw(_PIECE_BYTES):
+            for piece in response.iter_raw():  # unbuffered: what has come is kept when it is cut
                 file.write(piece)
                 progress.tell(f"{size(file.tell())} of {size(total)}", passing=True)
     if _size(collected) > total:

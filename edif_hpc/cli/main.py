@@ -26,6 +26,7 @@ ENTRIES = {
     "deployment": Entry(
         place="edif_hpc.cli.deployment:deployment", summary="What the relay is to serve."
     ),
+    "hub": Entry(place="edif_hpc.cli.hub:hub", summary="Give clients the small files of a model."),
     "up": Entry(
         place="edif_hpc.cli.fleet:up", summary="Start workers for the free slots of a deployment."
     ),

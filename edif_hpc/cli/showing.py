@@ -31,6 +31,7 @@ from edif_hpc.errors import Conflict, LaunchError, NotFound
 MODEL = "edif/tiny-gpt2"
 GRACE_S = 20.0
 _START_S = 60.0
+_HURRY_S = 5.0
 _CLI = "edif_hpc.cli.main"
 _HOST = "127.0.0.1"
 _FOREIGN = ("EDIF_", "HF_", "HUGGING_FACE_", "NDIF_", "NNSIGHT_", "TRANSFORMERS_")
@@ -50,7 +51,9 @@ class Stage:
     @classmethod
     def at(cls, ctx: Context, folder: Path) -> Stage:
         """Nothing that the user has set for relays, hubs or nnsight reaches the demo."""
+        (folder / "tmp").mkdir(exist_ok=True)
         own = {
+            "TMPDIR": str(folder / "tmp"),
             "EDIF_CONFIG": str(folder / "config.toml"),
             "EDIF_STATE_DIR": str(folder / "local"),
             "HF_HOME": str(folder / "hub-cache"),
@@ -205,15 +208,15 @@ def _ending_in_order(folder: Path, *, keep: bool) -> Iterator[Path]:
     """Leave no process and no folder behind, however it ends; after a success they may be kept."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    kept = False
+    succeeded = False
     try:
         yield folder
-        kept = keep
+        succeeded = True
     finally:
-        if not kept:
+        if not (keep and succeeded):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            children.end_children(GRACE_S)
+            children.end_children(GRACE_S if succeeded else _HURRY_S)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -82,8 +82,9 @@ def choose_steal(seats: Iterable[Seat], prefetched: Iterable[Prefetched]) -> Pre
 
 
 class FairQueue:
-    """The queued requests of one deployment, in round-robin order over owners. Pure; no operation scans the queue
-    but `order`.
+    """The queued requests of one deployment, in round-robin order over owners.
+
+    Pure; no operation scans the queue but `order`.
     """
 
     def __init__(self) -> None:

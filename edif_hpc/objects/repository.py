@@ -15,7 +15,6 @@ a fingerprint against mistakes and not against forgery: who can write the folder
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -24,7 +23,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+import msgspec
+from msgspec import Struct
 
 from edif_hpc.errors import InvalidInput
 
@@ -77,18 +79,27 @@ class Manifest:
     @property
     def commit(self) -> str:
         """40 hex digits, as the Hub's clients expect."""
-        lines = [f"{name}\n{file.size_bytes}\n{file.digest}\n" for name, file in sorted(self.files.items())]
+        lines = [
+            f"{name}\n{file.size_bytes}\n{file.digest}\n"
+            for name, file in sorted(self.files.items())
+        ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:40]
 
     def check(self) -> None:
         """Raise `InvalidInput` unless every name is one of ours and every digest looks like one."""
         for name, file in self.files.items():
             if kind_of(name) is None:
-                raise InvalidInput(f"the file {name[:200]!r} is not part of a model; see docs/howto/hub.md for what is")
+                raise InvalidInput(
+                    f"the file {name[:200]!r} is not part of a model; see docs/howto/hub.md for what is"
+                )
             if file.size_bytes < 0 or not _DIGEST.fullmatch(file.digest):
-                raise InvalidInput(f"the file {name} has size {file.size_bytes} and digest {file.digest[:80]!r}")
+                raise InvalidInput(
+                    f"the file {name} has size {file.size_bytes} and digest {file.digest[:80]!r}"
+                )
         if CONFIG_FILE not in self.files:
-            raise InvalidInput(f"there is no {CONFIG_FILE} among the files, so it is no model of transformers")
+            raise InvalidInput(
+                f"there is no {CONFIG_FILE} among the files, so it is no model of transformers"
+            )
 
 
 def kind_of(name: str) -> Kind | None:
@@ -110,7 +121,9 @@ def is_repo_id(text: str) -> bool:
 def check_repo_id(text: str) -> str:
     """Return the name of a repository, or raise `InvalidInput`: it becomes part of paths and URLs."""
     if not is_repo_id(text):
-        raise InvalidInput(f"the name {text[:200]!r} must be ORG/NAME, of letters, digits, '.', '_' and '-'")
+        raise InvalidInput(
+            f"the name {text[:200]!r} must be ORG/NAME, of letters, digits, '.', '_' and '-'"
+        )
     return text
 
 
@@ -118,7 +131,9 @@ def find_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that count, by name. Where there are safetensors, other weights do not."""
     found = {name: folder / name for name in _candidates(folder) if kind_of(name) is not None}
     if any(map(_is_safetensors, found)):
-        found = {name: path for name, path in found.items() if not name.startswith("pytorch_model")}
+        found = {
+            name: path for name, path in found.items() if not name.startswith("pytorch_model")
+        }
     return found
 
 
@@ -128,7 +143,10 @@ def read_manifest(folder: Path) -> Manifest:
     parameters: Counter[str] = Counter()
     try:
         for name, path in find_files(folder).items():
-            files[name] = File(size_bytes=path.stat().st_size, digest=digest_of(path, safetensors=_is_safetensors(name)))
+            files[name] = File(
+                size_bytes=path.stat().st_size,
+                digest=digest_of(path, safetensors=_is_safetensors(name)),
+            )
             if _is_safetensors(name):
                 parameters.update(_parameters(path))
     except OSError as error:
@@ -144,14 +162,20 @@ def digest_of(path: Path, *, safetensors: bool) -> str:
     with path.open("rb", buffering=0) as stream:
         if not safetensors:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-        header, start = _header(stream, path)
-        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-        offsets = sorted(tuple(each["data_offsets"]) for each in _tensors(header))
-        for first, end in offsets:
+        header, tensors = _header(stream, path)
+        digest = hashlib.sha256(header)
+        start = stream.tell()
+        for first, end in sorted(each.data_offsets for each in tensors):
             for offset in (first, (first + end) // 2):
                 stream.seek(start + offset)
                 digest.update(stream.read(min(_PAGE_BYTES, end - offset)))
         return digest.hexdigest()
+
+
+class _Tensor(Struct, frozen=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 def _is_safetensors(name: str) -> bool:
@@ -161,30 +185,33 @@ def _is_safetensors(name: str) -> bool:
 def _candidates(folder: Path) -> Iterator[str]:
     for below in (folder, folder / _TEMPLATES):
         if below.is_dir():
-            yield from sorted(path.relative_to(folder).as_posix() for path in below.iterdir() if path.is_file())
+            yield from sorted(
+                path.relative_to(folder).as_posix() for path in below.iterdir() if path.is_file()
+            )
 
 
 def _parameters(path: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     with path.open("rb", buffering=0) as stream:
-        for tensor in _tensors(_header(stream, path)[0]):
-            counts[tensor["dtype"]] += math.prod(tensor["shape"])
+        for tensor in _header(stream, path)[1]:
+            counts[tensor.dtype] += math.prod(tensor.shape)
     return counts
 
 
-def _tensors(header: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
-
-
-def _header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data begin."""
+def _header(stream: BinaryIO, path: Path) -> tuple[bytes, list[_Tensor]]:
+    """The header of a safetensors file; the stream stands at the data then."""
     length = int.from_bytes(stream.read(8), "little")
+    header = stream.read(min(length, _MAX_HEADER_BYTES))
     try:
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(stream.read(length))
-        for tensor in _tensors(header):
-            _ = (*tensor["shape"], *tensor["data_offsets"], tensor["dtype"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        tensors = [msgspec.json.decode(each, type=_Tensor) for each in entries.values()]
+    except msgspec.DecodeError as error:
         raise InvalidInput(f"{path} is no safetensors file ({error}); copy it again") from error
-    return header, 8 + length
+    told = 8 + length + max((each.data_offsets[1] for each in tensors), default=0)
+    found = path.stat().st_size
+    if found < told:
+        raise InvalidInput(
+            f"{path} is no safetensors file of {told} bytes: it has {found}; copy it again"
+        )
+    return header, tensors

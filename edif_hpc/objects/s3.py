@@ -115,6 +115,10 @@ class S3Store:
                 raise SettingsError(f"relay: results cannot be stored: {error}") from error
             raise
 
+    async def make_bucket(self) -> None:
+        """Make the bucket, for tests and for stores of one's own."""
+        await self._call("create_bucket")
+
     # -- uploads -------------------------------------------------------------------------------------------------------
 
     async def begin(self, key: str) -> Upload:

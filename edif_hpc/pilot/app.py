@@ -10,14 +10,11 @@ from pathlib import Path
 from edif_hpc.clock import SystemClock
 from edif_hpc.errors import EdifError
 from edif_hpc.pilot.runtime import Pilot
-from edif_hpc.slurm.order import read_pilot_order
+from edif_hpc.slurm.order import PilotOrder, read_pilot_order
 from edif_hpc.telemetry import set_up_logging
 
 
-async def _serve(path: Path) -> str:
-    order = read_pilot_order(path)
-    path.unlink()  # the join token is for one use
-    set_up_logging(order.engine.log_level, process="pilot")
+async def _serve(order: PilotOrder) -> str:
     pilot = Pilot(order=order, clock=SystemClock())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -28,7 +25,11 @@ async def _serve(path: Path) -> str:
 def main(argv: list[str]) -> int:
     """Run one pilot; the exit code is 0 if it left in order."""
     try:
-        asyncio.run(_serve(Path(argv[1])))
+        path = Path(argv[1])
+        order = read_pilot_order(path)
+        path.unlink()  # the join token is for one use
+        set_up_logging(order.engine.log_level, process="pilot")
+        asyncio.run(_serve(order))
     except EdifError as error:
         sys.stderr.write(f"pilot: {error}\n")
         return 1

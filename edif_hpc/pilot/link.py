@@ -48,9 +48,9 @@ class PilotLink:
         """Wait until the relay turns this pilot away."""
         await self._refused.wait()
 
-    def report(self, event: str, detail: str) -> None:
-        """Tell the relay about the worker's process."""
-        self._send(m.Report(event=event, detail=detail[-8000:]))
+    def report(self, event: str, detail: str, *, nonce: str) -> None:
+        """Tell the relay about the worker's process that greets with this nonce."""
+        self._send(m.Report(event=event, detail=detail[-8000:], nonce=nonce))
 
     async def goodbye(self, cause: str) -> None:
         """Leave for good."""

@@ -1,17 +1,21 @@
 """Whether a worker that ended is started again in the same allocation. Pure.
 
 A worker that drained, or that the relay refuses, is not. One that died is, after a pause that doubles while it dies young;
-after `MAX_YOUNG_DEATHS` in a row something is wrong that another start does not mend.
+after `MAX_YOUNG_DEATHS` in a row something is wrong that another start does not mend. One whose engine never started died
+young, however long it loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edif_hpc.slurm.order import WorkerExit
+
 MAX_YOUNG_DEATHS = 5
 YOUNG_S = 60.0
+MAX_PAUSE_S = 30.0
 
-_CAUSES = {0: "drained", 3: "refused by the relay"}
+_CAUSES = {WorkerExit.DRAINED: "drained", WorkerExit.REFUSED: "refused by the relay"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +29,15 @@ class Restart:
 
 def after_exit(before: Restart, *, code: int, lived_s: float, stopping: bool) -> Restart:
     """Decide after one exit of the worker."""
-    if code in _CAUSES:
-        return Restart(cause=_CAUSES[code])
+    if code in set(_CAUSES):
+        return Restart(cause=_CAUSES[WorkerExit(code)])
     if stopping:
         return Restart(cause="stopped")
-    young = before.young_deaths + 1 if lived_s < YOUNG_S else 0
+    died_young = lived_s < YOUNG_S or code == WorkerExit.ENGINE_FAILED
+    young = before.young_deaths + 1 if died_young else 0
     if young >= MAX_YOUNG_DEATHS:
         return Restart(
-            cause=f"the worker died {young} times in a row within {YOUNG_S:.0f} s (last exit code {code})"
+            cause=f"the worker died young {young} times in a row (last exit code {code})"
         )
-    return Restart(
-        delay_s=0.0 if young <= 1 else min(30.0, 2.0 ** (young - 2)), young_deaths=young
-    )
+    pause_s = 0.0 if young <= 1 else min(MAX_PAUSE_S, 2.0 ** (young - 2))
+    return Restart(delay_s=pause_s, young_deaths=young)

@@ -13,9 +13,11 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
-from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ _log = logging.getLogger(__name__)
 
 _JOIN_TRIES = 8
 _KILL_AFTER_S = 60.0
-_TAIL_LINES = 40
+_TAIL_CHARS = 8000
+_READ_BYTES = 64 << 10
 
 
 @dataclass(kw_only=True)
@@ -43,14 +46,12 @@ class Pilot:
     order: PilotOrder
     clock: Clock
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
-    _tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+    _tail: str = ""
     _starts: int = 0
 
     async def run(self) -> str:
         """Serve until the worker has left; returns the cause."""
         began = self.clock.monotonic()
-        scratch = Path(self.order.scratch)
-        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
         worker_keys, pilot_keys = KeyPair.generate(), KeyPair.generate()
         joined = await self._join(worker_keys.public, pilot_keys.public)
         link = PilotLink(
@@ -59,19 +60,7 @@ class Pilot:
             keys=pilot_keys,
             clock=self.clock,
         )
-        order_file = scratch / "worker.order"
-        write_order(
-            order_file,
-            WorkerOrder(
-                name=self.order.name,
-                endpoint=joined["endpoint"],
-                server_key=joined["server_key"],
-                public_key=worker_keys.public,
-                secret_key=worker_keys.secret,
-                scratch=str(scratch / "worker"),
-                engine=self.order.engine,
-            ),
-        )
+        order_file = self._write_worker_order(joined, worker_keys)
         try:
             cause = await self._keep_alive(order_file, link)
         finally:
@@ -82,12 +71,28 @@ class Pilot:
             "seconds": round(self.clock.monotonic() - began, 1),
             "worker_starts": self._starts,
         }
-        (scratch / "exit.json").write_text(json.dumps(record))
+        order_file.with_name("exit.json").write_text(json.dumps(record))
         return cause
 
     def stop(self) -> None:
         """A signal: drain the worker, then leave."""
         self._stop.set()
+
+    def _write_worker_order(self, joined: Mapping[str, Any], keys: KeyPair) -> Path:
+        scratch = Path(self.order.scratch)
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = scratch / "worker.order"
+        order = WorkerOrder(
+            name=self.order.name,
+            endpoint=joined["endpoint"],
+            server_key=joined["server_key"],
+            public_key=keys.public,
+            secret_key=keys.secret,
+            scratch=str(scratch / "worker"),
+            engine=self.order.engine,
+        )
+        write_order(path, order)
+        return path
 
     async def _join(self, worker_key: str, pilot_key: str) -> dict[str, Any]:
         body = {
@@ -118,31 +123,28 @@ class Pilot:
 
     async def _keep_alive(self, order_file: Path, link: PilotLink) -> str:
         restart = Restart()
-        while True:
-            warm_since = self.clock.monotonic()
+        while not self._stop.is_set():
+            began = self.clock.monotonic()
             self._starts += 1
             code = await self._run_worker(order_file, link)
-            lived_s = self.clock.monotonic() - warm_since
             restart = after_exit(
-                restart, code=code, lived_s=lived_s, stopping=self._stop.is_set() or link.refused
+                restart,
+                code=code,
+                lived_s=self.clock.monotonic() - began,
+                stopping=self._stop.is_set() or link.refused,
             )
             _log.info(
                 "the worker ended",
-                extra={
-                    "event": "worker_ended",
-                    "code": code,
-                    "next": restart.cause or "start again",
-                },
+                extra={"event": "worker_ended", "code": code, "next": restart.cause or "again"},
             )
             if restart.cause:
                 return restart.cause
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), timeout=restart.delay_s)
-            except TimeoutError:
-                continue
-            return "stopped"
+        return "stopped"
 
     async def _run_worker(self, order_file: Path, link: PilotLink) -> int:
+        nonce = secrets.token_hex(8)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-u",
@@ -150,26 +152,28 @@ class Pilot:
             self.order.worker_module,
             str(order_file),
             str(os.getpid()),
+            nonce,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
-        link.report("worker_started", f"pid {process.pid}")
+        link.report("worker_started", f"pid {process.pid}", nonce=nonce)
         reading = asyncio.create_task(self._read(process), name="read-worker")
         ending = asyncio.create_task(self._end_on_stop(process, link), name="end-worker")
         code = await process.wait()
         ending.cancel()
         await asyncio.gather(ending, reading, return_exceptions=True)
-        link.report("worker_exited", _describe(code, self._tail))
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        link.report("worker_exited", f"{self._tail}\n{how}", nonce=nonce)
         return code
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         if process.stdout is None:
             return
-        while line := await process.stdout.readline():
-            text = line.decode(errors="replace")
-            self._tail.append(text.rstrip())
+        while data := await process.stdout.read(_READ_BYTES):  # a line may be of any length
+            text = data.decode(errors="replace")
+            self._tail = (self._tail + text)[-_TAIL_CHARS:]
             sys.stdout.write(text)
 
     async def _end_on_stop(self, process: asyncio.subprocess.Process, link: PilotLink) -> None:
@@ -184,8 +188,3 @@ class Pilot:
         finally:
             for each in waits:
                 each.cancel()
-
-
-def _describe(code: int, tail: deque[str]) -> str:
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return "\n".join([*tail, how])[-8000:]

@@ -1,8 +1,8 @@
 """The relay's composition root: the one place where its parts are made and joined, and its main.
 
 store ── writer ─┐
-objects, blobs ──┼── fleet, board, leasing, broker ──┬── HTTP (nnsight clients, operators, signed links)
-clock, secrets ──┘                                   └── worker gateway (ZeroMQ) ── scheduler
+objects, blobs ──┼── core ──┬── HTTP (nnsight clients, operators, signed links)
+clock, secrets ──┘          └── router (ZeroMQ: workers, pilots)
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ from pathlib import Path
 from starlette.routing import BaseRoute
 
 from edif_hpc.clock import Clock, SystemClock
-from edif_hpc.domain.lease import LeaseClock
 from edif_hpc.domain.people import Role, Token, format_token, secret_hash
 from edif_hpc.errors import Conflict, SettingsError, StoreUnavailable
 from edif_hpc.failpoints import Failpoints
-from edif_hpc.objects.directory import BlobFolder, DirectoryStore
+from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.objects.signing import Signer
 from edif_hpc.relay import http
 from edif_hpc.relay.accounts import Accounts
-from edif_hpc.relay.board import Board
 from edif_hpc.relay.broker import Broker
+from edif_hpc.relay.core import Core
 from edif_hpc.relay.fleet import Fleet
-from edif_hpc.relay.leasing import Leasing
-from edif_hpc.relay.scheduler import Scheduler
+from edif_hpc.relay.object_store import open_objects
 from edif_hpc.relay.sessions import Sessions
-from edif_hpc.relay.telling import Telling
-from edif_hpc.relay.worker_gateway import Rules, WorkerGateway
 from edif_hpc.settings import RelaySettings
 from edif_hpc.store.sqlite import SqliteStore
 from edif_hpc.store.writer import Writer
@@ -42,8 +38,6 @@ from edif_hpc.telemetry import set_up_logging
 from edif_hpc.wire.sockets import KeyPair, Router
 
 _log = logging.getLogger(__name__)
-
-_RESULT_LINK_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,48 +128,22 @@ class Relay:
         writer = Writer(store, failpoints)
         try:
             blobs = BlobFolder(settings.data_dir / "blobs")
-            objects = DirectoryStore(settings.data_dir / "results", signer=signer, clock=clock)
+            objects = await open_objects(settings, signer=signer, clock=clock)
             accounts = Accounts(read=store.tokens, writer=writer, clock=clock)
-            endpoint: dict[str, str] = {"server_key": keys.public}
-            self.fleet = Fleet(writer=writer, store=store, clock=clock, endpoint=endpoint)
-
-            def result_link(request_id: str, base_url: str) -> str:
-                return base_url + signer.link(
-                    "GET", f"/results/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S
-                )
-
-            telling = Telling(
-                clock=clock,
-                objects=objects,
-                result_link=result_link,
-                heartbeat_s=settings.heartbeat_s,
-            )
-            board = Board(fleet=self.fleet, telling=telling, objects=objects, blobs=blobs)
-            leasing = Leasing(
-                writer=writer,
-                board=board,
-                fleet=self.fleet,
-                objects=objects,
-                telling=telling,
-                clock=clock,
-                leases=LeaseClock(lease_s=settings.lease_s),
-                failpoints=failpoints,
-            )
-            self.broker = Broker(
-                writer=writer,
+            core = Core(
+                settings,
                 store=store,
-                board=board,
-                leasing=leasing,
-                fleet=self.fleet,
+                writer=writer,
                 objects=objects,
                 blobs=blobs,
-                telling=telling,
+                signer=signer,
                 clock=clock,
                 failpoints=failpoints,
+                server_key=keys.public,
             )
+            self.fleet, self.broker = core.fleet, core.broker
             accounts.restore()
-            self.fleet.restore()
-            self.broker.restore()
+            core.restore()
             sessions = Sessions()
             deps = http.Deps(
                 settings=settings,
@@ -189,50 +157,19 @@ class Relay:
                 signer=signer,
             )
             self.server = http.serve(http.build_app(deps, extra_routes=self._routes), settings)
-            rules = Rules(
-                lease_s=settings.lease_s,
-                heartbeat_s=settings.heartbeat_s,
-                base_url=settings.worker_base_url or settings.public_url or self.server.url,
-                part_bytes=objects.part_bytes,
-            )
-
-            def blob_link(request_id: str) -> str:
-                return signer.link(
-                    "GET", f"/blobs/{request_id}", expires_at=clock.wall() + _RESULT_LINK_S
-                )
-
-            gateway = WorkerGateway(
-                fleet=self.fleet,
-                leasing=leasing,
-                board=board,
-                clock=clock,
-                rules=rules,
-                blob_link=blob_link,
-            )
-            self.fleet.attach(_Orders(gateway, self.broker))
-            leasing.attach(gateway)
-            self.broker.attach(gateway)
             self.router = Router(
                 bind=settings.worker_bind,
                 keys=keys,
-                known=gateway.known,
-                on_batch=gateway.received,
+                known=core.gateway.known,
+                on_batch=core.gateway.received,
             )
-            gateway.attach(self.router)
-            endpoint["endpoint"] = settings.worker_endpoint or self.router.endpoint
-            scheduler = Scheduler(
-                broker=self.broker,
-                leasing=leasing,
-                board=board,
-                fleet=self.fleet,
-                gateway=gateway,
-                objects=objects,
-                clock=clock,
-                ws_grace_s=settings.ws_grace_s,
-                retention_s=settings.result_retention_s,
+            core.attach(
+                self.router,
+                endpoint=settings.worker_endpoint or self.router.endpoint,
+                base_url=settings.worker_base_url or settings.public_url or self.server.url,
             )
             writer.start()
-            await self._serve(writer, scheduler, board)
+            await self._serve(writer, core)
         finally:
             await writer.stop()
             store.close()
@@ -241,10 +178,10 @@ class Relay:
         """End `run`. Requests stay queued, leases stay with their workers."""
         self._stopping.set()
 
-    async def _serve(self, writer: Writer, scheduler: Scheduler, board: Board) -> None:
+    async def _serve(self, writer: Writer, core: Core) -> None:
         tasks = {
             asyncio.create_task(self.server.run_until_stopped(), name="http"),
-            asyncio.create_task(scheduler.run(), name="scheduler"),
+            asyncio.create_task(core.scheduler.run(), name="scheduler"),
             asyncio.create_task(self._stopping.wait(), name="stop"),
         }
         watched: set[asyncio.Future[object]] = {*tasks, writer.died}  # type: ignore[arg-type]
@@ -263,7 +200,9 @@ class Relay:
             if task.get_name() != "http":
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await board.settle()
+        self.router.stop_reading()
+        await core.board.settle()
+        await writer.stop()  # what is committed is still told
         self.router.close()
         for each in done:
             if (
@@ -283,16 +222,6 @@ class Relay:
                 f"{self._data.root} holds no relay; make one with `edif-hpc relay init`"
             )
         return KeyPair.load(self._data.keys), Signer(secret=self._data.link_secret.read_bytes())
-
-
-class _Orders:
-    """The fleet's hands: the gateway and the broker."""
-
-    def __init__(self, gateway: WorkerGateway, broker: Broker) -> None:
-        self.drain_worker = gateway.drain_worker
-        self.forget_key = gateway.forget_key
-        self.end_waiting = broker.end_waiting
-        self.waiting = broker.waiting
 
 
 def serve(settings: RelaySettings, *, extra_routes: Sequence[BaseRoute] = ()) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edif_hpc.domain.dispatch import FairQueue, Waiting
@@ -32,6 +32,8 @@ class Open:
     session: Session | None = None
     orphaned_at: float | None = None  #: when its client's socket closed, monotonic
     upload: Upload | None = None
+    uploading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    unsealed_since: float | None = None  #: when sealing its result first failed, monotonic
     busy: bool = False  #: an operation that changes its state is being committed
 
     def show(self, update: Update) -> None:
@@ -140,7 +142,8 @@ class Board:
             session.requests.discard(request.id)
             session.push(await self._telling.ended(request, session.base_url, inline=inline))
         await asyncio.to_thread(self._blobs.delete, request.id)
-        if entry.upload is not None and request.state is not RequestState.COMPLETED:
+        kept = request.result.key if request.result is not None else None
+        if entry.upload is not None and entry.upload.key != kept:
             await self._objects.abort(entry.upload)
 
     def _reap(self, task: asyncio.Task[None]) -> None:
@@ -168,3 +171,7 @@ def when_settled(
             failed(error)
 
     future.add_done_callback(callback)
+
+
+def ignored(error: BaseException) -> None:
+    """For `when_settled`, where the failure is somebody else's to hear."""

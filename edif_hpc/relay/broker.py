@@ -17,7 +17,7 @@ from edif_hpc.errors import NotFound, TransitionRefused
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.objects.base import ObjectStore
 from edif_hpc.objects.directory import BlobFolder
-from edif_hpc.relay.board import Board
+from edif_hpc.relay.board import Board, ignored, when_settled
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.leasing import Leasing, Outbox
 from edif_hpc.relay.sessions import Session, Update
@@ -74,13 +74,17 @@ class Broker:
             self._failpoints.hit("store.blob.written")
             await asyncio.to_thread(self._blobs.keep, blob, new.id)
             self._failpoints.hit("store.blob.renamed")
-        request = await self._writer.submit(lambda store: store.accept(new, inline))
+        future = self._writer.submit(lambda store: store.accept(new, inline))
+        # What is committed is on the board, even if the caller has given up meanwhile.
+        when_settled(future, lambda request: self._accepted(request, session), ignored)
+        return await asyncio.shield(future)
+
+    def _accepted(self, request: Request, session: Session | None) -> None:
         entry = self._board.add(request, session)
         if session is not None and session.closed:
             self.session_closed(session)
         if not self._leasing.match(request.deployment):
             self._board.show_waiting(entry)
-        return request
 
     async def view(self, request_id: str, base_url: str) -> tuple[Request, Update]:
         """A request and what a poll shows of it."""
@@ -103,21 +107,21 @@ class Broker:
     async def end(self, request_id: str, failure: Failure) -> Request:
         """End a request without its worker: cancelled, expired, removed, damaged. Its executor is killed."""
         now = self._clock.wall()
+        future = self._writer.submit(lambda store: store.end(request_id, now, failure=failure))
+        when_settled(future, lambda request: self._ended(request, failure), ignored)
         try:
-            request = await self._writer.submit(
-                lambda store: store.end(request_id, now, failure=failure)
-            )
+            return await asyncio.shield(future)
         except TransitionRefused:
             return (await self.view(request_id, ""))[0]
-        entry = self._board.open.get(request_id)
+
+    def _ended(self, request: Request, failure: Failure) -> None:
+        entry = self._board.open.get(request.id)
         if entry is not None and entry.request.holder is not None and self._outbox is not None:
-            cancel = m.Cancel(
-                request=request_id, attempt=entry.request.attempt, reason=str(failure.kind)
-            )
+            held = entry.request
+            cancel = m.Cancel(request=held.id, attempt=held.attempt, reason=str(failure.kind))
             self._outbox.tell(entry.request.holder, cancel)
-        self._leasing.forget(request_id)
+        self._leasing.forget(request.id)
         self._board.close(request)
-        return request
 
     def session_closed(self, session: Session) -> None:
         """A client's socket is gone: the grace of its queued requests begins."""
@@ -192,12 +196,13 @@ class Broker:
         )
         for request in old:
             if request.result is not None and request.result.key is not None:
-                await self._objects.delete(request.result.key)
-            now = self._clock.wall()
-            await self._writer.submit(
-                lambda store, key=request.id, at=now: store.forget_result(key, at)
-            )
+                await self._objects.delete(request.id)
+            await self._forget_result(request.id)
         return len(old)
+
+    async def _forget_result(self, request_id: str) -> None:
+        now = self._clock.wall()
+        await self._writer.submit(lambda store: store.forget_result(request_id, now))
 
     def waiting(self, deployment: str) -> int:
         """How many requests of a deployment have not ended."""

@@ -14,15 +14,17 @@ import asyncio
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from edif_hpc.clock import Clock
 from edif_hpc.errors import InvalidInput, NotFound, TooLarge
+from edif_hpc.objects.base import ObjectStore
 from edif_hpc.objects.directory import BlobFolder, DirectoryStore, disk_error
 from edif_hpc.objects.signing import Signer
 from edif_hpc.relay.uploads import to_the_end
@@ -47,22 +49,21 @@ class Files:
         self,
         *,
         broker: Broker,
-        objects: DirectoryStore,
+        objects: ObjectStore,
         blobs: BlobFolder,
         signer: Signer,
         clock: Clock,
     ) -> None:
         self._broker, self._objects, self._blobs = broker, objects, blobs
         self._signer, self._clock = signer, clock
+        self._disk = objects if isinstance(objects, DirectoryStore) else None
 
     def routes(self) -> list[BaseRoute]:
         """For the application."""
-        return [
-            Route("/results/{id}", self.result),
-            Route("/objects/{key:path}", self.object),
-            Route("/blobs/{id}", self.blob),
-            Route("/uploads/{handle}/{number:int}", self.part, methods=["PUT"]),
-        ]
+        own: list[BaseRoute] = [Route("/results/{id}", self.result), Route("/blobs/{id}", self.blob)]
+        if self._disk is None:
+            return own
+        return [*own, *Parts(self._disk, self._check).routes()]
 
     async def result(self, http: HttpRequest) -> Response:
         """A request's result, from its row or from its file."""
@@ -70,13 +71,9 @@ class Files:
         found = await self._broker.result_bytes(http.path_params["id"])
         if isinstance(found, bytes):
             return _piece_of(found, http.headers.get("range"))
-        return await _file(self._objects.path(found), f"the result of {http.path_params['id']}")
-
-    async def object(self, http: HttpRequest) -> Response:
-        """An object of the directory store."""
-        self._check(http, "GET")
-        key = http.path_params["key"]
-        return await _file(self._objects.path(key), f"the object {key}")
+        if self._disk is None:
+            return RedirectResponse(await self._objects.read_url(found, base_url=""))
+        return await _file(self._disk.path(found), f"the result of {http.path_params['id']}")
 
     async def blob(self, http: HttpRequest) -> Response:
         """A large request blob, for the worker that holds its lease."""
@@ -84,26 +81,51 @@ class Files:
         request_id = http.path_params["id"]
         return await _file(self._blobs.path(request_id), f"the blob of request {request_id}")
 
+    def _check(self, http: HttpRequest, method: str) -> None:
+        check_link(self._signer, http, method, self._clock.wall())
+
+
+class Parts:
+    """The routes of the directory store: parts in, objects out. `check` judges a link."""
+
+    def __init__(self, disk: DirectoryStore, check: Callable[[HttpRequest, str], None]) -> None:
+        self._disk, self._check = disk, check
+
+    def routes(self) -> list[BaseRoute]:
+        """For the application."""
+        return [
+            Route("/objects/{key:path}", self.object),
+            Route("/uploads/{handle}/{number:int}", self.part, methods=["PUT"]),
+        ]
+
+    async def object(self, http: HttpRequest) -> Response:
+        """An object of the directory store."""
+        self._check(http, "GET")
+        key = http.path_params["key"]
+        return await _file(self._disk.path(key), f"the object {key}")
+
     async def part(self, http: HttpRequest) -> Response:
         """One part of a result, written at its offset; the answer's ETag is its MD5, as with S3."""
         self._check(http, "PUT")
         number = http.path_params["number"]
         if number < 1:
             raise InvalidInput(f"parts are counted from 1, not {number}")
-        path, offset = self._objects.part_path(http.path_params["handle"], number)
-        limit = self._objects.part_bytes
+        path, offset = self._disk.part_path(http.path_params["handle"], number)
+        limit = self._disk.part_bytes
         told = http.headers.get("content-length", "")
         if told.isdecimal() and int(told) > limit:
             raise TooLarge(f"the part has {told} bytes; a part has at most {limit}")
         digest = await _write_at(http, path, offset, limit)
         return Response(status_code=200, headers={"etag": f'"{digest}"'})
 
-    def _check(self, http: HttpRequest, method: str) -> None:
-        expires = http.query_params.get("expires", "")
-        signature = http.query_params.get("sig", "")
-        if not (expires.isascii() and expires.isdecimal() and signature.isascii()):
-            expires = signature = ""  # no link of ours looks like this
-        self._signer.check(method, http.url.path, expires, signature, self._clock.wall())
+
+def check_link(signer: Signer, http: HttpRequest, method: str, now: float) -> None:
+    """Raise `NotPermitted` unless a request came by a link of ours that is in force."""
+    expires = http.query_params.get("expires", "")
+    signature = http.query_params.get("sig", "")
+    if not (expires.isascii() and expires.isdecimal() and signature.isascii()):
+        expires = signature = ""  # no link of ours looks like this
+    signer.check(method, http.url.path, expires, signature, now)
 
 
 class _BulkFile(FileResponse):

@@ -160,23 +160,28 @@ class Fleet:
                 for each in past
                 if (each.deployment, each.slot) == (deployment, slot)
             ]
-            allocation = Allocation(
-                id=secrets.token_hex(8),
-                deployment=deployment,
-                slot=slot,
-                generation=max(older, default=0) + 1,
-                site=site,
-                state=AllocationState.SUBMITTED,
-                submitted_at=self._clock.wall(),
-            )
-            token = secrets.token_urlsafe(32)
-            await self._writer.submit(
-                lambda store, a=allocation, t=token: store.add_allocation(a, secret_hash(t))
-            )
-            self._allocations[allocation.id] = allocation
-            self._pilots[allocation.id] = self._clock.monotonic()
-            made.append({"allocation": allocation, "name": allocation.name, "join_token": token})
+            made.append(await self._allocate(deployment, slot, max(older, default=0) + 1, site))
         return made
+
+    async def _allocate(
+        self, deployment: str, slot: int, generation: int, site: str
+    ) -> dict[str, Any]:
+        allocation = Allocation(
+            id=secrets.token_hex(8),
+            deployment=deployment,
+            slot=slot,
+            generation=generation,
+            site=site,
+            state=AllocationState.SUBMITTED,
+            submitted_at=self._clock.wall(),
+        )
+        token = secrets.token_urlsafe(32)
+        await self._writer.submit(
+            lambda store: store.add_allocation(allocation, secret_hash(token))
+        )
+        self._allocations[allocation.id] = allocation
+        self._pilots[allocation.id] = self._clock.monotonic()
+        return {"allocation": allocation, "name": allocation.name, "join_token": token}
 
     async def submitted(self, allocation_id: str, *, job_id: str) -> None:
         """The scheduler took it under this id."""
@@ -189,7 +194,13 @@ class Fleet:
     async def join(
         self, join_token: str, *, worker_key: str, pilot_key: str, node: str
     ) -> dict[str, Any]:
-        """Spend a join token: register the keys that were made on the node."""
+        """Spend a join token: register the keys that were made on the node.
+
+        The same keys again are answered as before: the first answer was lost on its way.
+        """
+        known = self._peers.get(worker_key), self._peers.get(pilot_key)
+        if known[0] is not None and known[1] is not None:
+            return self._joined(self._allocations[known[0].allocation])
         token_hash, now = secret_hash(join_token), self._clock.wall()
 
         def op(store: Store) -> tuple[Allocation, list[Peer]]:
@@ -216,6 +227,9 @@ class Fleet:
         self._allocations[allocation.id] = allocation
         self._pilots[allocation.id] = self._clock.monotonic()
         self._peers.update({each.key: each for each in peers})
+        return self._joined(allocation)
+
+    def _joined(self, allocation: Allocation) -> dict[str, Any]:
         return {"allocation": allocation, "name": allocation.name, **self._endpoint}
 
     async def end(self, allocation_id: str, *, cause: str, detail: str = "") -> None:
@@ -259,12 +273,12 @@ class Fleet:
         for each in hit:
             if each.state is AllocationState.SUBMITTED:
                 await self.end(each.id, cause="drained", detail="it had not started")
-            for worker in [
-                each_worker
-                for each_worker in self.workers.values()
-                if each_worker.peer.allocation == each.id
-            ]:
-                self._carried_out().drain_worker(worker.peer.key, "ordered")
+                continue
+            # A row, so that a worker that greets later, perhaps another relay process, is told too.
+            await self.note(each.id, AllocationState.DRAINING, "ordered")
+            for worker in list(self.workers.values()):
+                if worker.peer.allocation == each.id:
+                    self._carried_out().drain_worker(worker.peer.key, "ordered")
         return len(hit)
 
     def allocation(self, allocation_id: str) -> Allocation | None:
@@ -276,6 +290,14 @@ class Fleet:
     def peer(self, key: str) -> Peer | None:
         """The record of a public key that is in force."""
         return self._peers.get(key)
+
+    def worker_keys(self, allocation_id: str) -> list[str]:
+        """The keys of an allocation's worker, connected or not."""
+        return [
+            each.key
+            for each in self._peers.values()
+            if each.allocation == allocation_id and each.role is PeerRole.WORKER
+        ]
 
     def pilot_spoke(self, allocation_id: str, now: float) -> None:
         """A pilot lives."""

@@ -32,11 +32,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edif_hpc.clock import Clock
 from edif_hpc.errors import EdifError, SettingsError
-from edif_hpc.objects.directory import BlobFolder, DirectoryStore
+from edif_hpc.objects.base import ObjectStore
+from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.objects.signing import Signer
-from edif_hpc.relay import client_api, files, operator_api
+from edif_hpc.relay import client_api, files, hub, hub_api, operator_api
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.answers import Json, refusal
+from edif_hpc.relay.hub_catalog import Catalog, Patterns
+from edif_hpc.relay.hub_shelf import Shelf
 from edif_hpc.relay.sessions import Sessions
 from edif_hpc.settings import RelaySettings
 
@@ -73,7 +76,7 @@ class Deps:
     accounts: Accounts
     sessions: Sessions
     blobs: BlobFolder
-    objects: DirectoryStore
+    objects: ObjectStore
     signer: Signer
     linger_s: float = LINGER_S  #: how long a refused client may go on sending
 
@@ -104,10 +107,38 @@ def build_app(deps: Deps, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlett
         clock=deps.clock,
     )
     return Starlette(
-        routes=[*client.routes(), *operator.routes(), *links.routes(), *extra_routes],
+        routes=[
+            *client.routes(),
+            *_hub_routes(deps),
+            *operator.routes(),
+            *links.routes(),
+            *extra_routes,
+        ],
         middleware=[Middleware(Edge, linger_s=deps.linger_s)],
         exception_handlers={EdifError: _on_refusal, HTTPException: _on_http_exception},
     )
+
+
+def _hub_routes(deps: Deps) -> list[BaseRoute]:
+    """The hub, and the operator's side of it."""
+    settings = deps.settings
+    shelf = Shelf(settings.data_dir / "hub", max_bytes=settings.hub_max_bytes)
+    weights = Patterns.parse(settings.hub_weights)
+    catalog = Catalog(shelf=shelf, deployments=deps.fleet.deployments, weights=weights)
+    elsewhere = None
+    if settings.hub_upstream is not None:
+        from edif_hpc.relay import hub_upstream  # noqa: PLC0415 - its HTTP client costs memory
+
+        elsewhere = hub_upstream.Upstream(
+            settings.hub_upstream,
+            allow=Patterns.parse(settings.hub_allow),
+            prefix=hub.PREFIX,
+            public_url=settings.public_url,
+        )
+    accounts = deps.accounts if settings.hub_login else None
+    shown = hub.Hub(catalog=catalog, elsewhere=elsewhere, accounts=accounts)
+    api = hub_api.HubApi(shelf=shelf, catalog=catalog, accounts=deps.accounts)
+    return [*shown.routes(), *api.routes()]
 
 
 class Edge:

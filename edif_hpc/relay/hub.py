@@ -12,7 +12,6 @@ token with every call: here it is neither kept nor logged, and looked at only if
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -20,7 +19,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from edif_hpc.domain.deployment import Deployment
 from edif_hpc.errors import NotAuthenticated
 from edif_hpc.objects.repository import File, kind_of
 from edif_hpc.relay.accounts import Accounts, credential
@@ -205,7 +203,9 @@ def _folder(repo: Repo, path: str) -> dict[str, Any]:
 def _no_entry(repo: Repo, name: str) -> HTTPException:
     if name in repo.manifest.files:
         # Without the commit: a client notes for good what a commit does not have, and this may change.
-        text = f"{name} is part of {repo.name} but its {kind_of(name)} is not published on this relay"
+        text = (
+            f"{name} is part of {repo.name} but its {kind_of(name)} is not published on this relay"
+        )
         return _missing("EntryNotFound", text)
     error = _missing("EntryNotFound", f"{repo.name} has no {name[:200]!r}")
     error.headers = {**(error.headers or {}), "x-repo-commit": repo.manifest.commit}
@@ -217,6 +217,5 @@ def _missing(code: str, text: str) -> HTTPException:
 
 
 def _refused(status: int, code: str, text: str) -> HTTPException:
-    printable = text.encode("ascii", "replace").decode()
-    headers = {"x-error-code": code, "x-error-message": " ".join(printable.split())}
+    headers = {"x-error-code": code, "x-error-message": text.encode("ascii", "replace").decode()}
     return HTTPException(status, text, headers=headers)

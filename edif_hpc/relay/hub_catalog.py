@@ -43,7 +43,9 @@ class Patterns:
     @classmethod
     def parse(cls, text: str) -> Patterns:
         """As a setting has them."""
-        return cls(patterns=tuple(re.split(r"[,\s]+", text.strip().lower())) if text.strip() else ())
+        return cls(
+            patterns=tuple(re.split(r"[,\s]+", text.strip().lower())) if text.strip() else ()
+        )
 
     def match(self, name: str) -> bool:
         """Whether one of them matches, in any case."""

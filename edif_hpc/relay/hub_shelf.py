@@ -68,9 +68,10 @@ class Repo:
     @property
     def served(self) -> dict[str, File]:
         """The files that are handed out."""
-        given = {Kind.CONFIG: True, Kind.WEIGHTS: self.weights, Kind.CODE: self.code}
-        files = self.manifest.files.items()
-        return {name: file for name, file in files if given.get(kind_of(name) or "", False)}
+        kinds = {Kind.CONFIG}
+        kinds |= {Kind.WEIGHTS} if self.weights else set()
+        kinds |= {Kind.CODE} if self.code else set()
+        return {name: file for name, file in self.manifest.files.items() if kind_of(name) in kinds}
 
     def is_at(self, revision: str) -> bool:
         """Whether it is what this revision names."""
@@ -96,7 +97,6 @@ class Shelf:
         self._uploads: dict[str, _Upload] = {}
         self._repos: dict[str, list[Repo]] = {}  # by folded name, the shown one first
         try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(root / ".uploads", ignore_errors=True)
             for home in sorted(root.glob("*/*")):
                 self._restore(home)

@@ -13,7 +13,6 @@ are no cookies that one caller could leave for the next.
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urljoin
@@ -38,9 +37,7 @@ _PASSED = ("content-type", "x-error-code", "x-error-message", "x-repo-commit", "
 class Upstream:
     """The Hub at `url`; `prefix` is where ours is mounted."""
 
-    def __init__(
-        self, url: str, *, allow: Patterns, prefix: str, public_url: str | None
-    ) -> None:
+    def __init__(self, url: str, *, allow: Patterns, prefix: str, public_url: str | None) -> None:
         self._url, self._allow = url, allow
         self._prefix, self._public_url = prefix, public_url
         self._origin = httpx.URL(url)

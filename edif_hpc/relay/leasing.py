@@ -11,7 +11,7 @@ worker's record is looked up again by its key when it is over, since the worker 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from edif_hpc.clock import Clock
@@ -235,10 +235,11 @@ class Leasing:
             return  # being committed
         if self._board.held(worker.peer.key, request_id, holding.attempt) is None:
             del worker.leases[request_id]  # it has ended, and the worker knows
-        elif entry is not None and not holding.seen:
-            # The grant was lost on its way; but a heartbeat or two may have crossed it.
-            if now - holding.granted_at > _UNSEEN_BEATS * self._telling.heartbeat_s:
-                self.lose(entry, LeaseEnd.RELEASED, {"cause": "the grant did not arrive"})
+            return
+        # Its grant was lost on its way; but a heartbeat or two may have crossed it.
+        unseen_s = 0.0 if holding.seen else now - holding.granted_at
+        if entry is not None and unseen_s > _UNSEEN_BEATS * self._telling.heartbeat_s:
+            self.lose(entry, LeaseEnd.RELEASED, {"cause": "the grant did not arrive"})
 
     def logged(self, worker: Worker, request_id: str, attempt: int, text: str) -> None:
         """A running request printed."""
@@ -294,15 +295,8 @@ class Leasing:
 
         def released(changed: Request) -> None:
             entry.busy = False
-            if self._board.open.get(request.id) is not entry:
-                return
-            if changed.terminal:
-                self._board.close(changed)
-                return
-            entry.request = changed
-            self._board.enqueue(changed)
-            if not self.match(changed.deployment):
-                self._board.show_waiting(entry, why=end)
+            if self._board.open.get(request.id) is entry:
+                self._after(entry, changed, end)
 
         def op(store: Store) -> Request:
             return store.release(
@@ -310,6 +304,15 @@ class Leasing:
             )
 
         when_settled(self._writer.submit(op), released, failed)
+
+    def _after(self, entry: Open, changed: Request, end: LeaseEnd) -> None:
+        if changed.terminal:
+            self._board.close(changed)
+            return
+        entry.request = changed
+        self._board.enqueue(changed)
+        if not self.match(changed.deployment):
+            self._board.show_waiting(entry, why=end)
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 

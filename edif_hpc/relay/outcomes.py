@@ -1,7 +1,7 @@
 """Outcomes: what follows when a worker says DONE.
 
 A small result lies in the message and is written in the commit that ends its request. A large one was uploaded in
-parts before; it is made durable first, and only then committed. Nobody hears of an outcome before its commit: then the
+parts before; it is made durable first (`sealing`), and only then committed. Nobody hears of an outcome before its commit: then the
 worker may forget the lease, and the client is told. If the commit fails, nothing is acknowledged, so the worker keeps
 the result and presents it again.
 
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import Failure, FailureKind, Request, ResultRef
-from edif_hpc.errors import EdifError, StoreUnavailable
+from edif_hpc.errors import StoreUnavailable, Unavailable
 from edif_hpc.failpoints import Failpoints
-from edif_hpc.objects.base import ObjectStore, UploadedPart
 from edif_hpc.relay.board import Board, Open, when_settled
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.leasing import Leasing, Outbox
+from edif_hpc.relay.sealing import Sealing, object_key
 from edif_hpc.relay.seats import Holding, Worker
 from edif_hpc.relay.telling import facts_for_meta
 from edif_hpc.store.base import Store
@@ -42,12 +42,12 @@ class Outcomes:
         board: Board,
         fleet: Fleet,
         leasing: Leasing,
-        objects: ObjectStore,
+        sealing: Sealing,
         clock: Clock,
         failpoints: Failpoints,
     ) -> None:
         self._writer, self._board, self._fleet, self._leasing = writer, board, fleet, leasing
-        self._objects, self._clock, self._failpoints = objects, clock, failpoints
+        self._sealing, self._clock, self._failpoints = sealing, clock, failpoints
         self._outbox: Outbox | None = None
 
     def attach(self, outbox: Outbox) -> None:
@@ -59,16 +59,7 @@ class Outcomes:
         entry = self._board.held(worker.peer.key, need.request, need.attempt)
         if entry is None:
             return m.Abandon(request=need.request, attempt=need.attempt)
-        key = _object_key(need.request, need.attempt)
-        if entry.upload is not None and entry.upload.key != key:
-            await self._objects.abort(entry.upload)
-            entry.upload = None
-        if entry.upload is None:
-            entry.upload = await self._objects.begin(key)
-        urls = await self._objects.part_urls(
-            entry.upload, need.first, need.count, base_url=base_url
-        )
-        return m.Parts(request=need.request, attempt=need.attempt, first=need.first, urls=urls)
+        return await self._sealing.urls(entry, need, base_url)
 
     def done(self, worker: Worker, done: m.Done) -> None:
         """An attempt ended: commit its outcome, acknowledge, tell the client.
@@ -86,47 +77,26 @@ class Outcomes:
     async def _seal(self, worker: Worker, entry: Open, done: m.Done) -> None:
         entry.busy = True
         try:
-            await self._make_durable(entry, done)
-        except EdifError as error:
-            entry.upload = None
-            _log.warning(
-                "an upload is not complete",
-                extra={"event": "seal_failed", "request": done.request, "reason": str(error)},
-            )
-            if not isinstance(error, StoreUnavailable):
-                self._tell(worker, m.Reupload(request=done.request, attempt=done.attempt))
-            return
+            instead = await self._sealing.seal(entry, done)
+        except Unavailable:
+            return  # not acknowledged, so it comes again
         finally:
             entry.busy = False
-        self._commit(worker, entry, done)
-
-    async def _make_durable(self, entry: Open, done: m.Done) -> None:
-        if entry.upload is None:
-            # The relay was started anew after the upload: what was completed before is found by its key.
-            await self._objects.read_url(_object_key(done.request, done.attempt), base_url="")
+        if isinstance(instead, m.Reupload):
+            self._tell(worker, instead)
         else:
-            parts = [UploadedPart(number=each.number, etag=each.etag) for each in done.parts or []]
-            await self._objects.complete(entry.upload, parts, done.size)
+            self._commit(worker, entry, done if instead is None else _failed(done, instead))
 
     def _commit(self, worker: Worker, entry: Open | None, done: m.Done) -> None:
-        key = worker.peer.key
-        holding = self._fleet.let_go(key, done.request, done.attempt)
+        holding = self._fleet.let_go(worker.peer.key, done.request, done.attempt)
+        op = self._outcome(worker, entry, holding, done)
         if entry is not None:
             entry.busy = True
 
         def failed(error: BaseException) -> None:
             if entry is not None:
                 entry.busy = False
-            extra = {"event": "done_failed", "request": done.request, "reason": str(error)}
-            if isinstance(error, StoreUnavailable):
-                if holding is not None:
-                    self._fleet.hold(key, done.request, holding)
-                _log.error("a result was not committed", extra=extra)
-                return
-            _log.warning("a result was refused", extra=extra)
-            self._acknowledge(worker, done, accepted=False, detail=str(error))
-            if entry is not None:
-                self._leasing.lose(entry, LeaseEnd.UNKNOWN, {"cause": str(error)[:200]})
+            self._not_committed(worker, entry, holding, done, error)
 
         def committed(request: Request) -> None:
             self._acknowledge(worker, done, accepted=True)
@@ -134,10 +104,28 @@ class Outcomes:
                 self._leasing.forget(request.id)
                 self._board.close(request, inline=done.inline)
 
-        when_settled(
-            self._writer.submit(self._outcome(worker, entry, holding, done)), committed, failed
-        )
+        when_settled(self._writer.submit(op), committed, failed)
         self._leasing.match(worker.peer.deployment)
+
+    def _not_committed(
+        self,
+        worker: Worker,
+        entry: Open | None,
+        holding: Holding | None,
+        done: m.Done,
+        error: BaseException,
+    ) -> None:
+        _log.error(
+            "a result was not committed",
+            extra={"event": "done_failed", "request": done.request, "reason": str(error)},
+        )
+        if holding is not None:
+            self._fleet.hold(worker.peer.key, done.request, holding)
+        if isinstance(error, StoreUnavailable):
+            return  # not acknowledged, so it comes again
+        self._acknowledge(worker, done, accepted=False, detail=str(error))
+        if entry is not None and self._board.open.get(done.request) is entry:
+            self._leasing.lose(entry, LeaseEnd.UNKNOWN, {"cause": str(error)[:200]})
 
     def _outcome(
         self, worker: Worker, entry: Open | None, holding: Holding | None, done: m.Done
@@ -156,9 +144,9 @@ class Outcomes:
             return lambda store: store.fail(
                 done.request, done.attempt, key, now, failure=failure, meta=meta
             )
-        object_key = None if done.parts is None else _object_key(done.request, done.attempt)
+        key_or_none = None if done.parts is None else object_key(done.request, done.attempt)
         size = done.size if done.inline is None else len(done.inline)
-        result = ResultRef(size_bytes=size, key=object_key)
+        result = ResultRef(size_bytes=size, key=key_or_none)
         return lambda store: store.complete(
             done.request, done.attempt, key, now, result=result, inline=done.inline, meta=meta
         )
@@ -178,5 +166,11 @@ class Outcomes:
             self._outbox.tell(worker.peer.key, message)
 
 
-def _object_key(request_id: str, attempt: int) -> str:
-    return f"{request_id}/{attempt}"
+def _failed(done: m.Done, failure: Failure) -> m.Done:
+    return m.Done(
+        request=done.request,
+        attempt=done.attempt,
+        error=str(failure.kind),
+        message=failure.message,
+        meta=done.meta,
+    )

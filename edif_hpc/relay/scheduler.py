@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import LATE_LOOP_S
 from edif_hpc.errors import EdifError
-from edif_hpc.objects.directory import DirectoryStore
+from edif_hpc.objects.base import ObjectStore
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.broker import Broker
 from edif_hpc.relay.fleet import Fleet
@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 _RARELY_S = 60.0
+_SWEEP_S = 3600.0
+#: What no request knows of is left alone for so long: longer than any result is on its way.
+_MARGIN_S = 2 * 24 * 3600.0
 
 
 @dataclass(kw_only=True)
@@ -37,21 +40,30 @@ class Scheduler:
     board: Board
     fleet: Fleet
     gateway: WorkerGateway
-    objects: DirectoryStore
+    objects: ObjectStore
     clock: Clock
     ws_grace_s: float
     retention_s: float
     _last_beat: float | None = None
     _last_rare: float | None = None
+    _last_sweep: float | None = None
+    _tidying: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        while True:
-            await asyncio.sleep(BEAT_S)
-            try:
-                await self.beat()
-            except EdifError as error:  # the store is away: the next beat tries again
-                _log.error("a beat failed", extra={"event": "beat_failed", "reason": str(error)})
+        try:
+            while True:
+                await asyncio.sleep(BEAT_S)
+                await self._beat_or_tell()
+        finally:
+            if self._tidying is not None:
+                self._tidying.cancel()
+
+    async def _beat_or_tell(self) -> None:
+        try:
+            await self.beat()
+        except EdifError as error:  # the store is away: the next beat tries again
+            _log.error("a beat failed", extra={"event": "beat_failed", "reason": str(error)})
 
     async def beat(self) -> None:
         """One round."""
@@ -76,5 +88,19 @@ class Scheduler:
             await self.fleet.end(
                 allocation_id, cause="lost", detail="neither its pilot nor its worker was heard of"
             )
-        await self.broker.retain(self.retention_s)
-        await self.objects.sweep()
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.create_task(self._tidy(now), name="tidy")
+
+    async def _tidy(self, now: float) -> None:
+        """Delete what is due; apart from the beat, since a store may be slow."""
+        try:
+            await self.broker.retain(self.retention_s)
+            if self._last_sweep is None or now - self._last_sweep > _SWEEP_S:
+                self._last_sweep = now
+                wall = self.clock.wall()
+                await self.objects.sweep(
+                    objects_before=wall - self.retention_s - _MARGIN_S,
+                    uploads_before=wall - _MARGIN_S,
+                )
+        except EdifError as error:
+            _log.error("not tidied", extra={"event": "tidy_failed", "reason": str(error)})

@@ -229,8 +229,6 @@ class Telling:
     def _meta(self, request: Request) -> dict[str, Any]:
         meta = dict(request.meta)
         meta["attempt"] = request.attempt
-        if "started_at" in meta:
-            meta["queued_s"] = round(meta.pop("started_at") - request.accepted_at, 3)
         return meta
 
     async def _url(self, request: Request, key: str | None, base_url: str) -> str | None:

@@ -2,8 +2,9 @@
 
 Who a peer is comes from the CURVE key of its connection. A connection begins with Hello; a new Hello of the same key
 replaces the older connection, and what still comes by the old one is answered with `unknown_session`. Every message is
-decoded, checked against role and turn by `wire.session.RelaySession`, and carried to the use case that it means. What
-one wake-up of the socket brings is handled in one go, so that its writes share a commit.
+decoded, checked against role and turn by `wire.turns.RelaySession`, and carried to the use case that it means. What
+one wake-up of the socket brings is handled in one go, so that its writes share a commit; one message that goes wrong
+costs no other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain.allocation import AllocationState, Peer, PeerRole
@@ -21,12 +22,13 @@ from edif_hpc.objects.base import PART_BYTES
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.leasing import Leasing
+from edif_hpc.relay.outcomes import Outcomes
 from edif_hpc.relay.seats import Worker
 from edif_hpc.store.base import Grant
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
-from edif_hpc.wire.sockets import Incoming, Router
-from edif_hpc.wire.turns import UNKNOWN_SESSION, RelaySession, Turn
+from edif_hpc.wire.sockets import Incoming
+from edif_hpc.wire.turns import RelaySession, Turn
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +48,22 @@ class _Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a Welcome tells: seconds, and where workers reach the relay by HTTP."""
+    """What a Welcome tells."""
 
     lease_s: float
     heartbeat_s: float
-    base_url: str
     part_bytes: int = PART_BYTES
+    patience_s: float = 3600.0
+
+
+class Route(Protocol):
+    """The socket (`wire.sockets.Router`)."""
+
+    def send(self, route: bytes, frame: bytes) -> bool:
+        """Queue a message for a connection; False if it is gone."""
+
+    def drain(self) -> None:
+        """Hand over everything that lies unread."""
 
 
 class WorkerGateway:
@@ -62,19 +74,35 @@ class WorkerGateway:
         *,
         fleet: Fleet,
         leasing: Leasing,
+        outcomes: Outcomes,
         board: Board,
         clock: Clock,
         rules: Rules,
         blob_link: Callable[[str], str],
     ) -> None:
-        self._fleet, self._leasing, self._board, self._clock = fleet, leasing, board, clock
+        self._fleet, self._leasing, self._outcomes = fleet, leasing, outcomes
+        self._board, self._clock = board, clock
         self._rules, self._blob_link = rules, blob_link
         self._links: dict[str, _Link] = {}
-        self._router: Router | None = None
+        self._router: Route | None = None
+        self._base_url = ""
+        self._on: Mapping[type[m.Message], Callable[[_Link, Worker, Any], None]] = {
+            m.State: self._state,
+            m.Pull: self._pull,
+            m.Started: lambda _, worker, say: leasing.started(worker, say.request, say.attempt),
+            m.Renew: self._renew,
+            m.Log: lambda _, worker, say: leasing.logged(
+                worker, say.request, say.attempt, say.text
+            ),
+            m.Need: self._need,
+            m.Done: lambda _, worker, say: outcomes.done(worker, say),
+            m.Return: lambda _, worker, say: leasing.returned(worker, say),
+            m.Goodbye: self._worker_left,
+        }
 
-    def attach(self, router: Router) -> None:
-        """Join it to its socket."""
-        self._router = router
+    def attach(self, router: Route, *, base_url: str) -> None:
+        """Join it to its socket; `base_url` is where workers reach the relay by HTTP."""
+        self._router, self._base_url = router, base_url
 
     def known(self, key: str) -> bool:
         """Whether ZAP lets a public key in."""
@@ -85,99 +113,72 @@ class WorkerGateway:
     def received(self, batch: list[Incoming]) -> None:
         """Everything that one wake-up brought."""
         for each in batch:
-            peer = self._fleet.peer(each.key)
-            if peer is None:
-                self._send(
-                    each.route,
-                    m.Refused(
-                        code="not_authenticated",
-                        detail="this key was revoked: its allocation has ended",
-                    ),
-                )
-                continue
             try:
-                self._handle(each, peer)
+                self._handle(each)
             except RemoteProtocolError as error:
                 _log.warning(
                     "a peer broke the protocol",
-                    extra={"event": "peer_fault", "peer": peer.key[:8], "reason": str(error)},
+                    extra={"event": "peer_fault", "peer": each.key[:8], "reason": str(error)},
                 )
                 self._send(each.route, m.Refused(code=error.code, detail=str(error)))
+            except Exception:  # noqa: BLE001 - the others of the batch are not to blame
+                _log.exception(
+                    "a message could not be handled",
+                    extra={"event": "message_failed", "peer": each.key[:8]},
+                )
 
-    def _handle(self, incoming: Incoming, peer: Peer) -> None:
+    def _handle(self, incoming: Incoming) -> None:
+        peer = self._fleet.peer(incoming.key)
+        if peer is None:
+            why = "this key was revoked: its allocation has ended"
+            self._send(incoming.route, m.Refused(code="not_authenticated", detail=why))
+            return
         message = codec.decode_from_peer(incoming.frame)
         link = self._links.get(peer.key)
-        if isinstance(message, m.Hello):
+        if link is None or link.route != incoming.route or isinstance(message, m.Hello):
             link = _Link(route=incoming.route, peer=peer, session=RelaySession(role=peer.role))
-        elif link is None or link.route != incoming.route:
-            self._send(incoming.route, m.Refused(code=UNKNOWN_SESSION, detail="say Hello first"))
-            return
         refusal = link.session.admit(message, self._clock.monotonic())
         if refusal is not None:
             self._send(incoming.route, refusal)
             return
         self._links[peer.key] = link
-        if peer.role is PeerRole.WORKER:
-            self._worker_says(link, message)
-        else:
+        if peer.role is not PeerRole.WORKER:
             self._pilot_says(link, message)
-
-    def _worker_says(self, link: _Link, message: m.FromPeer) -> None:
-        if isinstance(message, m.Hello):
+        elif isinstance(message, m.Hello):
             self._worker_hello(link, message)
-            return
-        worker = self._fleet.workers[link.peer.key]
-        worker.heard_at = link.session.heard_at
-        match message:
-            case m.State():
-                self._worker_state(worker, message)
-            case m.Pull():
-                worker.window, worker.executors = message.window, max(1, message.executors)
-                self._leasing.match(worker.peer.deployment)
-            case m.Started():
-                self._leasing.started(worker, message.request, message.attempt)
-            case m.Renew():
-                self._renew(link, worker, message)
-            case m.Log():
-                self._leasing.logged(worker, message.request, message.attempt, message.text)
-            case m.Need():
-                self._board.background(self._urls(link, worker, message))
-            case m.Done():
-                self._leasing.done(worker, message)
-            case m.Return():
-                self._leasing.returned(worker, message)
-            case m.Goodbye():
-                self._worker_left(link, worker, message)
-            case _:
-                raise RemoteProtocolError(f"a worker may not send {type(message).__name__}")
+        else:
+            worker = self._fleet.workers[peer.key]
+            worker.heard_at = link.session.heard_at
+            self._on[type(message)](link, worker, message)
 
     def _pilot_says(self, link: _Link, message: m.FromPeer) -> None:
         allocation = link.peer.allocation
         self._fleet.pilot_spoke(allocation, link.session.heard_at)
         match message:
             case m.Hello():
-                self._welcome(link, keep=[])
+                self._welcome(link, keep=[], drain=False)
             case m.Renew():
                 self._send(link.route, m.Beat())
-            case m.Report() if message.event == "worker_exited":
-                self._worker_died(allocation, message)
             case m.Report():
-                _log.info(
-                    "pilot",
-                    extra={
-                        "event": "pilot_report",
-                        "allocation": allocation,
-                        "report": message.event,
-                        "detail": message.detail[-500:],
-                    },
-                )
+                self._reported(allocation, message)
             case m.Goodbye():
-                self._worker_died(
-                    allocation, m.Report(event="worker_exited", detail=message.cause)
-                )
+                self._worker_died(allocation, message.cause, nonce="")
                 self._board.background(self._fleet.end(allocation, cause=message.cause))
             case _:
                 return
+
+    def _reported(self, allocation: str, report: m.Report) -> None:
+        _log.info(
+            "pilot",
+            extra={
+                "event": "pilot_report",
+                "allocation": allocation,
+                "report": report.event,
+                "detail": report.detail[-500:],
+            },
+        )
+        if report.event == "worker_exited":
+            self._worker_died(allocation, report.detail[-200:], nonce=report.nonce)
 
     # -- a worker's messages ---------------------------------------------------------------------------------------------
 
@@ -190,78 +191,83 @@ class WorkerGateway:
             heard_at=link.session.heard_at,
             facts=hello.facts,
         )
-        same_process = old is None or old.nonce == hello.nonce
-        if old is not None and same_process:
-            worker.window, worker.executors, worker.draining = (
-                old.window,
-                old.executors,
-                old.draining,
-            )
+        worker.draining = hello.state == "draining"
+        if old is not None and old.nonce == hello.nonce:
+            worker.window, worker.executors = old.window, old.executors
+            worker.draining |= old.draining
         self._fleet.workers[link.peer.key] = worker
-        kept = self._leasing.greeted(worker, hello.held, same_process=same_process)
-        self._welcome(link, keep=kept)
+        kept = self._leasing.greeted(worker, hello.held, old)
+        self._welcome(link, keep=kept, drain=worker.draining)
         self._note(worker)
 
-    def _welcome(self, link: _Link, *, keep: list[m.Held]) -> None:
-        deployment, drain = self._deployment(link.peer)
+    def _welcome(self, link: _Link, *, keep: list[m.Held], drain: bool) -> None:
+        deployment = self._deployment(link.peer)
+        allocation = self._fleet.allocation(link.peer.allocation)
+        ordered = allocation is not None and allocation.state is AllocationState.DRAINING
         welcome = m.Welcome(
             version=link.session.version,
             lease_s=self._rules.lease_s,
             heartbeat_s=self._rules.heartbeat_s,
             part_bytes=self._rules.part_bytes,
+            patience_s=self._rules.patience_s,
             keep=keep,
-            drain=drain,
+            drain=drain or ordered or not deployment,
             deployment=deployment,
         )
         self._send(link.route, welcome)
 
-    def _deployment(self, peer: Peer) -> tuple[Mapping[str, Any], bool]:
+    def _deployment(self, peer: Peer) -> dict[str, Any]:
         try:
             deployment = self._fleet.deployment(peer.deployment)
         except NotFound:
-            return {}, True
-        return {**asdict(deployment), "model_key": deployment.model_key.render()}, False
+            return {}
+        return {**asdict(deployment), "model_key": deployment.model_key.render()}
 
-    def _worker_state(self, worker: Worker, message: m.State) -> None:
-        worker.state, worker.detail, worker.progress = (
-            message.state,
-            message.detail,
-            message.progress,
-        )
+    def _state(self, link: _Link, worker: Worker, message: m.State) -> None:  # noqa: ARG002 - one signature
+        worker.state, worker.detail = message.state, message.detail
+        worker.progress = message.progress
         worker.draining = worker.draining or message.state == "draining"
-        if message.facts:
-            worker.facts = message.facts
+        worker.facts = message.facts or worker.facts
         self._note(worker)
         self._board.show_positions()
+
+    def _pull(self, link: _Link, worker: Worker, message: m.Pull) -> None:  # noqa: ARG002
+        worker.window, worker.executors = message.window, max(1, message.executors)
+        self._leasing.match(worker.peer.deployment)
 
     def _renew(self, link: _Link, worker: Worker, message: m.Renew) -> None:
         for stale in self._leasing.renewed(worker, message.held):
             self._send(link.route, m.Abandon(request=stale.request, attempt=stale.attempt))
         self._send(link.route, m.Beat())
 
-    def _worker_left(self, link: _Link, worker: Worker, message: m.Goodbye) -> None:
-        self._links.pop(link.peer.key, None)
-        self._fleet.workers.pop(link.peer.key, None)
-        self._leasing.gone(link.peer.key, LeaseEnd.DRAINED, {"cause": message.cause})
+    def _need(self, link: _Link, worker: Worker, message: m.Need) -> None:
+        self._board.background(self._answer_need(link, worker, message))
+
+    async def _answer_need(self, link: _Link, worker: Worker, need: m.Need) -> None:
+        answer = await self._outcomes.upload_urls(worker, need, self._base_url)
+        self._send(link.route, answer)
+
+    def _worker_left(self, link: _Link, worker: Worker, message: m.Goodbye) -> None:  # noqa: ARG002
+        key, cause = link.peer.key, message.cause
+        self._forget(key)
+        self._leasing.gone(key, LeaseEnd.DRAINED, {"cause": cause})
         _log.info(
-            "a worker left",
-            extra={"event": "worker_left", "worker": link.peer.key[:8], "cause": message.cause},
+            "a worker left", extra={"event": "worker_left", "worker": key[:8], "cause": cause}
         )
 
-    def _worker_died(self, allocation: str, report: m.Report) -> None:
-        for key, worker in list(self._fleet.workers.items()):
-            if worker.peer.allocation == allocation:
-                del self._fleet.workers[key]
-                self._links.pop(key, None)
-                self._leasing.gone(
-                    key,
-                    LeaseEnd.WORKER_LOST,
-                    {"cause": report.detail[-200:] or "its process ended"},
-                )
+    def _worker_died(self, allocation: str, detail: str, *, nonce: str) -> None:
+        """Its process is gone; a late report of an earlier process says nothing about the present one."""
+        for key in self._fleet.worker_keys(allocation):
+            worker = self._fleet.workers.get(key)
+            if worker is None or nonce in ("", worker.nonce):
+                self._forget(key)
+                evidence = {"cause": detail or "its process ended"}
+                self._leasing.gone(key, LeaseEnd.WORKER_LOST, evidence)
         self._board.show_positions()
 
-    async def _urls(self, link: _Link, worker: Worker, need: m.Need) -> None:
-        self._send(link.route, await self._leasing.upload_urls(worker, need, self._rules.base_url))
+    def _forget(self, key: str) -> None:
+        self._links.pop(key, None)
+        self._fleet.workers.pop(key, None)
 
     def _note(self, worker: Worker) -> None:
         state = _WORKER_STATES.get(worker.state)
@@ -272,7 +278,7 @@ class WorkerGateway:
 
     def grant(self, worker: Worker, grant: Grant, *, ahead: bool) -> bool:
         """Send a lease; False if the worker cannot be reached."""
-        request = grant.request
+        request, inline = grant.request, grant.blob is not None
         message = m.Grant(
             request=request.id,
             attempt=request.attempt,
@@ -281,9 +287,7 @@ class WorkerGateway:
             env=dict(request.env),
             limits={key: float(value) for key, value in asdict(request.limits).items()},
             blob=grant.blob,
-            blob_url=""
-            if grant.blob is not None
-            else self._rules.base_url + self._blob_link(request.id),
+            blob_url="" if inline else self._base_url + self._blob_link(request.id),
             blob_bytes=request.blob_bytes,
             blob_sha256=request.blob_sha256,
             ahead=ahead,
@@ -306,16 +310,14 @@ class WorkerGateway:
 
     def forget_key(self, key: str) -> None:
         """A key was revoked."""
-        self._links.pop(key, None)
-        if self._fleet.workers.pop(key, None) is not None:
-            self._leasing.gone(key, LeaseEnd.EXPIRED, {"cause": "its allocation ended"})
+        self._forget(key)
+        self._leasing.gone(key, LeaseEnd.EXPIRED, {"cause": "its allocation ended"})
 
     def silent(self, now: float) -> None:
         """Workers that have said nothing for a lease length serve no more until they say Hello again."""
         for key, worker in list(self._fleet.workers.items()):
             if now - worker.heard_at > self._rules.lease_s:
-                del self._fleet.workers[key]
-                self._links.pop(key, None)
+                self._forget(key)
                 _log.warning(
                     "a worker is silent", extra={"event": "worker_silent", "worker": key[:8]}
                 )

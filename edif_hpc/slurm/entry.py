@@ -15,4 +15,4 @@ def enter(order: str) -> None:
     """Replace this process by the pilot of an order."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "edif_hpc.pilot.app", order])
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "edif_hpc.pilot.app", order])  # noqa: S606 - our own interpreter

@@ -1,17 +1,27 @@
 """Orders: the 0600 files by which one process tells the next what to do, so that no secret is in an argv or environment.
 
 `PilotOrder` goes from whoever submits (the command line, later the launcher) to the pilot; `WorkerOrder` from the pilot to
-the worker. Both are JSON with checked fields.
+the worker. Both are JSON with checked fields. What comes back is an exit code, `WorkerExit`.
 """
 
 from __future__ import annotations
 
 import os
+from enum import IntEnum
 from pathlib import Path
 
 import msgspec
 
 from edif_hpc.errors import SettingsError
+
+
+class WorkerExit(IntEnum):
+    """Why a worker ended, for its pilot. Any other code is a fault that starting again may mend."""
+
+    DRAINED = 0
+    REFUSED = 3  #: the relay does not serve this peer; starting again does not help
+    ENGINE_FAILED = 4  #: the model could not be loaded, or the isolation is too weak
+    ENGINE_DIED = 5  #: the zygote died; start again
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +64,7 @@ def write_order(path: Path, order: msgspec.Struct) -> None:
     """Write an order for its owner alone."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "wb") as file:
+        os.fchmod(fd, 0o600)  # of a file that was there before, too
         file.write(msgspec.json.encode(order))
 
 

@@ -12,6 +12,7 @@ themselves run as whoever calls.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -23,8 +24,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edif_hpc.errors import LaunchError
+from edif_hpc.objects.s3 import Place, S3Store
 from edif_hpc.testing.wait import wait_until
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
@@ -93,6 +96,35 @@ class S3Server:
     def url(self) -> str:
         """Its endpoint."""
         return f"http://127.0.0.1:{self.port}"
+
+    def make_bucket(self, name: str) -> str:
+        """Make a bucket; returns its name."""
+
+        async def make() -> None:
+            store = await S3Store.connect(self.place(name))
+            await store.make_bucket()
+            await store.close()
+
+        asyncio.run(make())
+        return name
+
+    def place(self, bucket: str, **facts: Any) -> Place:
+        """A bucket of this server, as the object store wants it described."""
+        described = {"endpoint": self.url, "access_key": self.access_key, "secret_key": self.secret_key}
+        return Place(bucket=bucket, **{**described, **facts})
+
+    def settings(self, bucket: str) -> dict[str, str]:
+        """The relay's settings for a bucket of this server."""
+        return {
+            "s3_bucket": bucket, "s3_endpoint": self.url, "s3_access_key": self.access_key, "s3_secret_key": self.secret_key,
+        }
+
+    def limit(self, size_bytes: int | None) -> None:
+        """Let each bucket hold so much; None lifts the limit."""
+        scope = ("--quota-scope=bucket", f"--uid={self.user}")
+        if size_bytes is not None:
+            self.admin("quota", "set", *scope, f"--max-size={size_bytes}")
+        self.admin("quota", "enable" if size_bytes is not None else "disable", *scope)
 
     def admin(self, *words: str) -> str:
         """Run `radosgw-admin`: users, quotas, statistics."""

@@ -1,4 +1,4 @@
-"""A worker whose engine runs no model: `python -m edif_hpc.testing.noop_worker ORDER PILOT_PID`.
+"""A worker whose engine runs no model: `python -m edif_hpc.testing.noop_worker ORDER PILOT_PID NONCE`.
 
 Everything but the engine is the real worker: process, socket, keys, leases, transfers, failpoints. It warms in a fraction
 of a second, so it serves where the engine is not the point: crash tests of the queue, and benches of its throughput.
@@ -82,7 +82,9 @@ class NoopEngine:
             isolation=Isolation(level=Level.FULL, steps=(), missing=()),
         )
 
-    async def run(self, job: Job, on_log: Callable[[str], None]) -> Outcome:
+    async def run(
+        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]  # noqa: ARG002 - all at once
+    ) -> Outcome:
         """Do what the blob says."""
         blob = job.blob if isinstance(job.blob, bytes) else await asyncio.to_thread(job.blob.read_bytes)
         task = _task(blob)
@@ -97,6 +99,7 @@ class NoopEngine:
             return Saved(inline=result, file=None, size=len(result), meta={"runtime": task.seconds})
         file = self._scratch / f"result-{job.request_id}-{job.attempt}"
         await asyncio.to_thread(file.write_bytes, result)
+        on_written(file, len(result))
         return Saved(inline=None, file=file, size=len(result), meta={"runtime": task.seconds})
 
     async def stop(self) -> None:

@@ -65,9 +65,10 @@ class Allocation:
 
     @property
     def over(self) -> bool:
-        """Whether its pilot has ended, in order or (if it is a child of ours) otherwise."""
-        ended = self.pilot is not None and self.pilot.poll() is not None
-        return ended or (self.folder / "scratch" / "exit.json").exists()
+        """Whether none of its processes lives."""
+        if self.pilot is not None:
+            self.pilot.poll()
+        return not processes_of(self.folder)
 
     @property
     def log(self) -> str:

@@ -42,12 +42,13 @@ class Urls:
 class UploadAgain:
     """The relay lost sight of this result's upload; put it again, then report `finished`."""
 
+    grant: m.Grant
     done: m.Done
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """The relay has answered this attempt's `Done`; its files may go."""
+    """This attempt is over for this worker: answered, given back or taken away. Its files may go."""
 
     request: str
     attempt: int

@@ -166,6 +166,9 @@ class Welcome(Message, frozen=True, tag="welcome"):
     lease_s: Seconds
     heartbeat_s: Seconds
     part_bytes: Size
+    patience_s: Seconds = (
+        3600.0  #: how long a store that takes no result is tried before it is an error
+    )
     keep: HeldList = []
     drain: bool = False
     deployment: dict[str, Any] = {}  #: for a worker: what it serves
@@ -201,6 +204,7 @@ class Parts(Message, frozen=True, tag="parts"):
     attempt: Attempt
     first: Annotated[int, Meta(ge=1, le=10_000)]
     urls: Annotated[list[Text], Meta(max_length=64)]
+    refusal: Word = ""  #: why there are none now: the store is away, or full
 
 
 class Ack(Message, frozen=True, tag="ack"):

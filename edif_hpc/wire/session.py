@@ -116,6 +116,12 @@ class WorkerSession:
         self.facts = facts if facts is not None else self.facts
         return self._tell_state(detail, progress, facts or {}) if self._talking else []
 
+    def warm(self, *, executors: int, facts: dict[str, Any]) -> list[Action]:
+        """The model is loaded: serve, with one lease more than executors, so that none idles for a round trip."""
+        if self._drain is None:
+            self.window, self.executors = executors + 1, executors
+        return self.changed("warm", detail="serves", facts=facts)
+
     def began(self, request: str, attempt: int) -> list[Action]:
         """An executor was given the request; from now on it cannot be stolen."""
         lease = self._mine(request, attempt)
@@ -249,7 +255,7 @@ class WorkerSession:
         if lease is None or lease.done is None or lease.done.parts is None:
             return []
         done, lease.done = lease.done, None
-        return [UploadAgain(done=done)]
+        return [UploadAgain(grant=lease.grant, done=done)]
 
     def _abandon(self, message: m.Abandon) -> list[Action]:
         gone = self._forget(message.request, message.attempt, "abandoned")

@@ -1,11 +1,10 @@
-"""The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID`."""
+"""The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID NONCE`."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -16,13 +15,13 @@ from typing import Any
 from edif_hpc.clock import SystemClock
 from edif_hpc.errors import EdifError
 from edif_hpc.failpoints import Failpoints
-from edif_hpc.slurm.order import EngineFacts, WorkerOrder, read_worker_order
+from edif_hpc.slurm.order import EngineFacts, WorkerExit, WorkerOrder, read_worker_order
 from edif_hpc.telemetry import set_up_logging
 from edif_hpc.wire.sockets import Dealer, KeyPair
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import EngineSpec, Level
-from edif_hpc.worker.runtime import Engine as EnginePort
-from edif_hpc.worker.runtime import Exit, WorkerRuntime
+from edif_hpc.worker.ports import Engine as EnginePort
+from edif_hpc.worker.runtime import WorkerRuntime
 from edif_hpc.worker.transfer import Transfer
 
 _PR_SET_PDEATHSIG = 1
@@ -55,17 +54,15 @@ def real_engine(order: WorkerOrder) -> MakeEngine:
     return lambda deployment: Engine(engine_spec(deployment, order.engine, Path(order.scratch)))
 
 
-async def _serve(order: WorkerOrder, make_engine: MakeEngine) -> Exit:
+async def _serve(order: WorkerOrder, make_engine: MakeEngine, nonce: str) -> WorkerExit:
     scratch = Path(order.scratch)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True, mode=0o700)
     runtime = WorkerRuntime(
         make_engine=make_engine,
         transfer=Transfer(),
         scratch=scratch,
         clock=SystemClock(),
         failpoints=Failpoints.parse(order.engine.failpoints),
-        nonce=secrets.token_hex(8),
+        nonce=nonce,
     )
     dealer = Dealer(
         endpoint=order.endpoint,
@@ -81,12 +78,15 @@ async def _serve(order: WorkerOrder, make_engine: MakeEngine) -> Exit:
 
 
 def main(argv: list[str], engine: Callable[[WorkerOrder], MakeEngine] = real_engine) -> int:
-    """Run one worker; the exit codes are `runtime.Exit`."""
-    _follow(int(argv[2]))
-    order = read_worker_order(Path(argv[1]))
+    """Run one worker; the exit codes are `WorkerExit`. The pilot names itself and this process (`nonce`)."""
+    path, pilot, nonce = argv[1:]
+    _follow(int(pilot))
+    order = read_worker_order(Path(path))
     set_up_logging(order.engine.log_level, process="worker")
+    shutil.rmtree(order.scratch, ignore_errors=True)
+    Path(order.scratch).mkdir(parents=True, mode=0o700)
     try:
-        return int(asyncio.run(_serve(order, engine(order))))
+        return int(asyncio.run(_serve(order, engine(order), nonce)))
     except EdifError as error:
         sys.stderr.write(f"worker: {error}\n")
         return 1

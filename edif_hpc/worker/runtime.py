@@ -1,81 +1,46 @@
 """The worker's loop: carries out what `wire.session.WorkerSession` decides.
 
 It owns the socket, the keys and the transfers; the engine runs researchers' code in other processes. A granted request
-waits for a seat (`executors` of them), its blob is fetched if it is large, an executor runs it, its result goes up if it
+has its blob fetched if it is large, waits for a seat (`executors` of them), an executor runs it, its result goes up if it
 is large, and its `Done` is repeated until the relay has answered. Results stay on scratch until then, so a relay that is
 away for a while costs nothing but time.
 
-The worker ends by itself in four ways, each with its exit code for the pilot: drained, refused by the relay, the engine
-did not start, the engine died.
+The worker ends by itself in four ways, each with its exit code for the pilot (`WorkerExit`): drained, refused by the
+relay, the engine did not start, the engine died.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import FailureKind
-from edif_hpc.errors import EngineError, Unavailable
+from edif_hpc.errors import EngineError, RemoteProtocolError, Unavailable
 from edif_hpc.failpoints import Failpoints
+from edif_hpc.slurm.order import WorkerExit
 from edif_hpc.wire import actions as a
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
 from edif_hpc.wire.session import Link, WorkerSession
 from edif_hpc.wire.sockets import LinkEvent
-from edif_hpc.worker.engine.values import EngineInfo, Failed, Job, Limits, Outcome, Progress, Saved
-from edif_hpc.worker.transfer import BlobDamaged, PartUrls, Transfer
+from edif_hpc.worker.engine.values import Failed, Outcome, Progress, Saved
+from edif_hpc.worker.ports import Engine, Wire
+from edif_hpc.worker.results import Results
+from edif_hpc.worker.transfer import BlobDamaged, Transfer
+from edif_hpc.worker.translation import done_of, facts_of, job_of, lease_end
+from edif_hpc.worker.uploading import StoreGivenUp, Uploading
 
 _log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 _RETRY_S = 1.0
-_LOG_TEXT = 60 << 10
-
-
-class Exit(IntEnum):
-    """Why a worker ended, for its pilot."""
-
-    DRAINED = 0
-    REFUSED = 3  #: the relay does not serve this peer; starting again does not help
-    ENGINE_FAILED = 4  #: the model could not be loaded, or the isolation is too weak
-    ENGINE_DIED = 5  #: the zygote died; start again
-
-
-class Wire(Protocol):
-    """The socket, as the runtime uses it (`wire.sockets.Dealer`)."""
-
-    def send(self, frame: bytes) -> bool:
-        """Queue a frame."""
-
-    def reconnect(self) -> None:
-        """Drop the connection and dial again."""
-
-    async def close(self) -> None:
-        """Flush and close."""
-
-
-class Engine(Protocol):
-    """What runs requests (`worker.engine.pool.Engine`)."""
-
-    async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
-        """Load the model and pass the self-test."""
-
-    async def run(self, job: Job, on_log: Callable[[str], None]) -> Outcome:
-        """Run one job; cancelling the call kills its executor before it returns."""
-
-    async def stop(self) -> None:
-        """End all its processes."""
-
-    @property
-    def died(self) -> asyncio.Future[str]:
-        """Resolved with the reason when it cannot run jobs any more."""
+_LOG_CHARS = 15 << 10
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,54 +61,70 @@ class WorkerRuntime:
     failpoints: Failpoints
     nonce: str
     _session: WorkerSession = field(init=False)
+    _results: Results = field(init=False)
     _wire: Wire | None = None
     _engine: Engine | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
     _seats: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    _urls: dict[tuple[str, int], asyncio.Future[PartUrls]] = field(default_factory=dict)
-    _part_bytes: int = 8 << 20
-    _files: dict[tuple[str, int], Path] = field(default_factory=dict)
     _deployment: asyncio.Future[Mapping[str, Any]] = field(init=False)
-    _exit: asyncio.Future[Exit] = field(init=False)
+    _exit: asyncio.Future[WorkerExit] = field(init=False)
+    _on: Mapping[type[a.Action], Callable[[Any], None]] = field(init=False)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         self._deployment = loop.create_future()
         self._exit = loop.create_future()
         self._session = WorkerSession(nonce=self.nonce, window=0, executors=1)
+        self._results = Results(transfer=self.transfer, send=self._send, clock=self.clock)
+        self._on = {
+            a.Send: lambda do: self._send(do.message),
+            a.Run: self._start,
+            a.Kill: self._kill,
+            a.Urls: lambda do: self._results.arrived(do.parts),
+            a.UploadAgain: self._upload_again,
+            a.Settled: lambda do: self._results.settled(do.request, do.attempt),
+            a.Welcomed: lambda do: self._welcomed(do.welcome),
+            a.Draining: lambda do: _log.info(
+                "draining", extra={"event": "draining", "reason": do.reason}
+            ),
+            a.Reconnect: lambda do: self._reconnect(do.silent_s),
+            a.Leave: lambda _: self._end(WorkerExit.DRAINED),
+            a.Fatal: self._refused,
+        }
 
-    async def run(self, wire: Wire) -> Exit:
+    async def run(self, wire: Wire) -> WorkerExit:
         """Serve until drained, refused or broken."""
         self._wire = wire
         self._do(self._session.connected(self.clock.monotonic()))
-        async with asyncio.TaskGroup() as group:
-            ticking = group.create_task(self._tick(), name="tick")
-            serving = group.create_task(self._serve(), name="serve")
-            code = await self._exit
-            serving.cancel()
-            ticking.cancel()
-        for running in list(self._running.values()):
-            running.task.cancel()
-        await asyncio.gather(
-            *(each.task for each in self._running.values()), return_exceptions=True
-        )
-        if self._engine is not None:
-            await self._engine.stop()
-        await self.transfer.close()
-        await wire.close()
+        try:
+            async with asyncio.TaskGroup() as group:
+                ticking = group.create_task(self._tick(), name="tick")
+                serving = group.create_task(self._serve(), name="serve")
+                code = await self._exit
+                serving.cancel()
+                ticking.cancel()
+        finally:
+            await self._close(wire)
         return code
 
     def drain(self, reason: str) -> None:
         """Signals and deadlines end here."""
         self._do(self._session.drain(reason))
-        if self._session.link is Link.GREETING and not self._session.held:
-            self._end(Exit.DRAINED)
 
     def received(self, frames: list[bytes]) -> None:
         """Frames of the relay."""
         now = self.clock.monotonic()
         for frame in frames:
-            self._do(self._session.received(codec.decode_from_relay(frame), now))
+            try:
+                message = codec.decode_from_relay(frame)
+            except RemoteProtocolError as error:
+                _log.error(
+                    "the relay says what this worker does not understand: %s",
+                    error,
+                    extra={"event": "relay_fault"},
+                )
+            else:
+                self._do(self._session.received(message, now))
 
     def saw(self, event: LinkEvent, endpoint: str) -> None:
         """The socket monitor's words."""
@@ -152,7 +133,7 @@ class WorkerRuntime:
                 "the relay refuses this worker's key: its allocation has ended, or it never joined",
                 extra={"event": "refused", "endpoint": endpoint},
             )
-            self._end(Exit.REFUSED)
+            self._end(WorkerExit.REFUSED)
         elif event is LinkEvent.MISMATCH:
             _log.error(
                 "what answers is not our relay (wrong server key, or not ZeroMQ)",
@@ -169,47 +150,57 @@ class WorkerRuntime:
         except EngineError as error:
             _log.error("the engine did not start: %s", error, extra={"event": "engine_failed"})
             self._do(self._session.changed("failed", detail=str(error)))
-            self._end(Exit.ENGINE_FAILED)
+            self._end(WorkerExit.ENGINE_FAILED)
             return
         executors = int(deployment.get("executors", 1))
         self._seats = asyncio.Semaphore(executors)
-        if not self._draining:
-            self._session.window, self._session.executors = executors + 1, executors
-        self._do(self._session.changed("warm", detail="serves", facts=_facts(info)))
-        reason = await engine.died
+        self._do(self._session.warm(executors=executors, facts=facts_of(info)))
+        reason = await asyncio.shield(engine.died)  # else our own cancellation would cancel it
         _log.error("the engine died: %s", reason, extra={"event": "engine_died"})
-        self._end(Exit.ENGINE_DIED)
+        self._end(WorkerExit.ENGINE_DIED)
 
     def _progress(self, progress: Progress) -> None:
-        share = progress.done / progress.total if progress.total else None
+        share = min(1.0, progress.done / progress.total) if progress.total else None
         self._do(self._session.changed("loading", detail=progress.stage, progress=share))
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
+    def _start(self, run: a.Run) -> None:
+        grant = run.grant
+        self._spawn(grant.request, grant.attempt, self._execute(grant))
+
     async def _execute(self, grant: m.Grant) -> None:
+        uploading = self._results.uploading(grant.request, grant.attempt)
+        blob_file = self.scratch / f"blob-{grant.request}-{grant.attempt}"
+        try:
+            outcome = await self._outcome(grant, blob_file, uploading)
+            if outcome is not None:
+                await self._answer(grant, outcome, uploading)
+        finally:
+            blob_file.unlink(missing_ok=True)
+            await uploading.stop()
+
+    async def _outcome(
+        self, grant: m.Grant, blob_file: Path, uploading: Uploading
+    ) -> Outcome | None:
+        """Run it when a seat is free; None if the lease is gone by then."""
+        if grant.blob is None:
+            try:
+                await self._fetch(grant, blob_file)
+            except BlobDamaged as error:
+                return Failed(kind=FailureKind.DAMAGED, message=f"{error}; send it again", meta={})
         async with self._seats:
             engine = self._engine
             if engine is None or not self._session.holds(grant.request, grant.attempt):
-                return
-            blob_file = None
-            try:
-                if grant.blob is None:
-                    blob_file = self.scratch / f"blob-{grant.request}-{grant.attempt}"
-                    await self._fetch(grant, blob_file)
-                self.failpoints.hit("worker.run.before")
-                self._do(self._session.began(grant.request, grant.attempt))
-                outcome = await engine.run(
-                    _job(grant, blob_file), lambda text: self._log(grant, text)
-                )
-                self.failpoints.hit("worker.run.after")
-            except BlobDamaged as error:
-                outcome = Failed(
-                    kind=FailureKind.DAMAGED, message=f"{error}; send it again", meta={}
-                )
-            finally:
-                if blob_file is not None:
-                    blob_file.unlink(missing_ok=True)
-        await self._answer(grant, outcome)
+                return None
+            job = job_of(grant, blob_file if grant.blob is None else grant.blob)
+            self.failpoints.hit("worker.run.before")
+            self._do(self._session.began(grant.request, grant.attempt))
+            began = self.clock.monotonic()
+            outcome = await engine.run(job, lambda text: self._log(grant, text), uploading.grew)
+            ran_s = round(self.clock.monotonic() - began, 6)
+            self.failpoints.hit("worker.run.after")
+        return replace(outcome, meta={**outcome.meta, "runtime": ran_s})
 
     async def _fetch(self, grant: m.Grant, target: Path) -> None:
         while True:
@@ -222,70 +213,43 @@ class WorkerRuntime:
                     "a blob is not to be had yet",
                     extra={"event": "blob_retry", "request": grant.request, "reason": str(error)},
                 )
-                await asyncio.sleep(
-                    _RETRY_S
-                )  # the relay is away; the lease says how long this makes sense
+                await asyncio.sleep(_RETRY_S)  # the lease says how long this makes sense
             else:
                 return
 
-    async def _answer(self, grant: m.Grant, outcome: Outcome) -> None:
-        end = _lease_end(outcome)
+    async def _answer(self, grant: m.Grant, outcome: Outcome, uploading: Uploading) -> None:
+        end = lease_end(outcome)
         if isinstance(outcome, Failed) and end is not None:
-            self._do(
-                self._session.returned(
-                    grant.request, grant.attempt, end, {"cause": outcome.message[:200]}
-                )
-            )
-            return
-        if isinstance(outcome, Saved) and outcome.file is not None:
-            self._files[grant.request, grant.attempt] = outcome.file
-            done = m.Done(
-                request=grant.request, attempt=grant.attempt, size=outcome.size, meta=outcome.meta
-            )
-            await self._upload(done, outcome.file)
-            return
-        self._finish(_done(grant, outcome))
+            evidence = {"cause": outcome.message}
+            self._do(self._session.returned(grant.request, grant.attempt, end, evidence))
+        elif isinstance(outcome, Saved) and outcome.file is not None:
+            self._results.keep(grant.request, grant.attempt, outcome.file)
+            await self._upload(grant, outcome, outcome.file, uploading)
+        else:
+            self._finish(done_of(grant, outcome, None))
 
-    async def _upload(self, done: m.Done, source: Path) -> None:
-        async def ask(first: int, count: int) -> PartUrls:
-            return await self._ask(done.request, done.attempt, first, count)
-
-        while self._session.holds(done.request, done.attempt):
-            try:
-                parts = await self.transfer.upload(source, done.size, self._part_bytes, ask)
-            except Unavailable as error:
-                _log.warning(
-                    "a result is not up yet",
-                    extra={"event": "upload_retry", "request": done.request, "reason": str(error)},
-                )
-                await asyncio.sleep(_RETRY_S)
-                continue
-            self._finish(
-                m.Done(
-                    request=done.request,
-                    attempt=done.attempt,
-                    size=done.size,
-                    parts=parts,
-                    meta=done.meta,
-                )
+    async def _upload(
+        self, grant: m.Grant, saved: Saved, source: Path, uploading: Uploading
+    ) -> None:
+        try:
+            parts = await uploading.finish(source, saved.size)
+        except StoreGivenUp as error:
+            _log.error(
+                "a result was given up",
+                extra={"event": "upload_given_up", "request": grant.request, "reason": str(error)},
             )
-            return
+            failed = Failed(kind=FailureKind.ENGINE, message=str(error), meta=saved.meta)
+            self._finish(done_of(grant, failed, None))
+        else:
+            self._finish(done_of(grant, saved, parts))
 
-    async def _ask(self, request: str, attempt: int, first: int, count: int) -> PartUrls:
-        key = (request, first)
-        need = m.Need(request=request, attempt=attempt, first=first, count=count)
-        while True:
-            future = self._urls.setdefault(key, asyncio.get_running_loop().create_future())
-            self._send(need)
-            try:
-                return await asyncio.wait_for(
-                    asyncio.shield(future), 2 * self._session.heartbeat_s
-                )
-            except TimeoutError:
-                continue  # the question or its answer was lost
-            finally:
-                if future.done():
-                    self._urls.pop(key, None)
+    def _upload_again(self, again: a.UploadAgain) -> None:
+        grant, done = again.grant, again.done
+        source = self._results.file(grant.request, grant.attempt)
+        saved = Saved(inline=None, file=source, size=done.size, meta=done.meta)
+        uploading = self._results.uploading(grant.request, grant.attempt)
+        work = self._upload(grant, saved, source, uploading)
+        self._spawn(grant.request, grant.attempt, work)
 
     def _finish(self, done: m.Done) -> None:
         self.failpoints.hit("worker.send.done.before")
@@ -293,101 +257,61 @@ class WorkerRuntime:
         self.failpoints.hit("worker.send.done.after")
 
     def _log(self, grant: m.Grant, text: str) -> None:
-        if self._session.link is not Link.GREETING:
-            for start in range(0, len(text), _LOG_TEXT // 4):
-                self._send(
-                    m.Log(
-                        request=grant.request,
-                        attempt=grant.attempt,
-                        text=text[start : start + _LOG_TEXT // 4],
-                    )
-                )
+        if self._session.link is Link.GREETING:
+            return  # nobody listens; what it prints is not kept
+        for start in range(0, len(text), _LOG_CHARS):
+            piece = text[start : start + _LOG_CHARS]
+            self._send(m.Log(request=grant.request, attempt=grant.attempt, text=piece))
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
     def _do(self, actions: list[a.Action]) -> None:
         for action in actions:
-            match action:
-                case a.Send():
-                    self._send(action.message)
-                case a.Run():
-                    self._spawn(
-                        action.grant.request, action.grant.attempt, self._execute(action.grant)
-                    )
-                case a.Kill():
-                    self._kill(action)
-                case a.Urls():
-                    self._arrived(action.parts)
-                case a.UploadAgain():
-                    source = self._files[action.done.request, action.done.attempt]
-                    self._spawn(
-                        action.done.request, action.done.attempt, self._upload(action.done, source)
-                    )
-                case a.Settled():
-                    self._settled(action.request, action.attempt)
-                case a.Welcomed():
-                    self._welcomed(action.welcome)
-                case a.Draining():
-                    _log.info("draining", extra={"event": "draining", "reason": action.reason})
-                case a.Reconnect():
-                    self._reconnect(action.silent_s)
-                case a.Leave():
-                    self._end(Exit.DRAINED)
-                case a.Fatal():
-                    _log.error(
-                        "refused by the relay: %s",
-                        action.detail,
-                        extra={"event": "refused", "code": action.code},
-                    )
-                    self._end(Exit.REFUSED)
+            self._on[type(action)](action)
 
-    def _spawn(self, request: str, attempt: int, work: Any) -> None:
-        running = _Running(
-            attempt=attempt, task=asyncio.create_task(work, name=f"run-{request[:8]}")
-        )
-        self._running[request] = running
-        running.task.add_done_callback(lambda task: self._ended(request, running, task))
+    def _spawn(self, request: str, attempt: int, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"run-{request[:8]}")
+        running = self._running[request] = _Running(attempt=attempt, task=task)
+        task.add_done_callback(lambda _: self._ended(request, running))
 
-    def _ended(self, request: str, running: _Running, task: asyncio.Task[None]) -> None:
+    def _ended(self, request: str, running: _Running) -> None:
         if self._running.get(request) is running:
             del self._running[request]
+        error = None if running.task.cancelled() else running.task.exception()
         if running.report:
             self._do(self._session.killed(request, running.attempt))
-        elif not task.cancelled() and task.exception() is not None:
-            error = task.exception()
+        elif error is not None:
             _log.error(
                 "a request could not be run",
                 exc_info=error,
                 extra={"event": "run_failed", "request": request},
             )
-            self._do(
-                self._session.returned(
-                    request, running.attempt, LeaseEnd.UNKNOWN, {"cause": repr(error)[:200]}
-                )
-            )
+            evidence = {"cause": repr(error)}
+            self._do(self._session.returned(request, running.attempt, LeaseEnd.UNKNOWN, evidence))
 
-    def _kill(self, action: a.Kill) -> None:
-        running = self._running.get(action.request)
-        if running is not None and running.attempt == action.attempt:
-            running.report = action.report
-            running.task.cancel()
-        elif action.report:
-            self._do(self._session.killed(action.request, action.attempt))
-
-    def _arrived(self, parts: m.Parts) -> None:
-        future = self._urls.get((parts.request, parts.first))
-        if future is not None and not future.done():
-            future.set_result(PartUrls(first=parts.first, urls=list(parts.urls)))
-
-    def _settled(self, request: str, attempt: int) -> None:
-        source = self._files.pop((request, attempt), None)
-        if source is not None:
-            source.unlink(missing_ok=True)
+    def _kill(self, kill: a.Kill) -> None:
+        running = self._running.get(kill.request)
+        if running is not None and running.attempt == kill.attempt:
+            running.report = kill.report
+            if (
+                not running.task.cancelling()
+            ):  # a second cancel would not wait for the executor's end
+                running.task.cancel()
+        elif kill.report:
+            self._do(self._session.killed(kill.request, kill.attempt))
 
     def _welcomed(self, welcome: m.Welcome) -> None:
-        self._part_bytes = welcome.part_bytes
+        self._results.welcomed(welcome)
         if not self._deployment.done() and welcome.deployment:
             self._deployment.set_result(welcome.deployment)
+
+    def _refused(self, fatal: a.Fatal) -> None:
+        _log.error(
+            "refused by the relay: %s",
+            fatal.detail,
+            extra={"event": "refused", "code": fatal.code},
+        )
+        self._end(WorkerExit.REFUSED)
 
     def _reconnect(self, silent_s: float) -> None:
         _log.warning(
@@ -405,11 +329,7 @@ class WorkerRuntime:
                 extra={"event": "send_full", "kind": type(message).__name__},
             )
 
-    @property
-    def _draining(self) -> bool:
-        return self._session.link in (Link.DRAINING, Link.LEFT)
-
-    def _end(self, code: Exit) -> None:
+    def _end(self, code: WorkerExit) -> None:
         if not self._exit.done():
             self._exit.set_result(code)
 
@@ -418,75 +338,12 @@ class WorkerRuntime:
             await asyncio.sleep(TICK_S)
             self._do(self._session.tick(self.clock.monotonic()))
 
-
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
-def _job(grant: m.Grant, blob_file: Path | None) -> Job:
-    known = {
-        key: value for key, value in grant.limits.items() if key in Limits.__dataclass_fields__
-    }
-    limits = Limits(
-        **{key: value if key == "wall_s" else int(value) for key, value in known.items()}
-    )  # type: ignore[arg-type]
-    return Job(
-        request_id=grant.request,
-        attempt=grant.attempt,
-        blob=blob_file if grant.blob is None and blob_file is not None else grant.blob or b"",
-        compress=grant.compress,
-        env=grant.env,
-        model_key=grant.model_key,
-        limits=limits,
-    )
-
-
-def _done(grant: m.Grant, outcome: Outcome) -> m.Done:
-    if isinstance(outcome, Failed):
-        message = outcome.message[-60_000:]
-        return m.Done(
-            request=grant.request,
-            attempt=grant.attempt,
-            error=str(outcome.kind),
-            message=message,
-            meta=outcome.meta,
-        )
-    return m.Done(
-        request=grant.request,
-        attempt=grant.attempt,
-        size=outcome.size,
-        inline=outcome.inline or b"",
-        meta=outcome.meta,
-    )
-
-
-def _lease_end(outcome: Outcome) -> LeaseEnd | None:
-    """The end of the lease when an executor died without an answer: the relay decides whether it runs again."""
-    if isinstance(outcome, Failed):
-        if outcome.kind in (FailureKind.CRASH, FailureKind.ENGINE):
-            return LeaseEnd.EXECUTOR_CRASH
-        if outcome.kind == FailureKind.OOM and outcome.meta.get("killed"):
-            return LeaseEnd.OOM
-    return None
-
-
-def _facts(info: EngineInfo) -> dict[str, object]:
-    """What the relay, `/env`, `ps` and every result's `meta` are told of this worker."""
-    versions = {
-        name: info.packages[name]
-        for name in ("nnsight", "torch", "transformers")
-        if name in info.packages
-    }
-    return {
-        "commit": info.commit,
-        "dtype": info.dtype,
-        "device": "cpu",
-        "isolation": str(info.isolation.level),
-        "isolation_missing": list(info.isolation.missing),
-        "versions": versions | {"python": info.python_version.split()[0]},
-        "python_version": info.python_version,
-        "packages": dict(info.packages),
-        "weights_bytes": info.weights_bytes,
-        "load_s": round(info.load_s, 2),
-        "attn_implementation": info.attn_implementation,
-        "task": info.task,
-    }
+    async def _close(self, wire: Wire) -> None:
+        running = [each.task for each in self._running.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.stop()
+        await self.transfer.close()
+        await wire.close()

@@ -1,27 +1,21 @@
-"""Bytes between the worker and the relay or the object store, by signed URLs.
+"""Bytes between the worker and the relay or the object store, by signed URLs: one try each.
 
-A blob is fetched to a file of the worker's scratch and its SHA-256 checked. A result goes up in parts of the size that the
-relay named, several at a time, each with its length known; a refused link (expired) is asked for anew, a cut connection
-is tried again. Memory is bounded by parts in flight, whatever the size of the result.
+A blob is fetched to a file of the worker's scratch and its SHA-256 checked. A part is put with its length known. What a
+failure means, and what to try next, is the callers' business: `Unavailable` says that it may work later, `Refused` that
+the store answered and said no, to this URL at least.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from edif_hpc.errors import EdifError, Unavailable
-from edif_hpc.wire import messages as m
 
-_TRIES = 5
-_IN_FLIGHT = 3
-_TIMEOUT = httpx.Timeout(30.0, read=300.0, write=300.0)
+_TIMEOUT = httpx.Timeout(30.0, read=300.0, write=60.0)
+_SHOWN_CHARS = 200
 
 
 class BlobDamaged(EdifError):
@@ -30,29 +24,29 @@ class BlobDamaged(EdifError):
     code = "blob_damaged"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartUrls:
-    """Where parts go: `first` and the URLs from there on."""
+class Refused(Unavailable):
+    """The store answered a part with a refusal: its URL has expired, the upload is over, the bucket is full."""
 
-    first: int
-    urls: list[str]
-
-
-AskUrls = Callable[[int, int], Awaitable[PartUrls]]
+    code = "part_refused"
 
 
 class Transfer:
     """One HTTP client for all transfers of a worker."""
 
-    def __init__(self) -> None:
-        self._http = httpx.AsyncClient(timeout=_TIMEOUT, trust_env=True)
+    def __init__(self, timeout: httpx.Timeout = _TIMEOUT) -> None:
+        self._http = httpx.AsyncClient(timeout=timeout, trust_env=True)
 
     async def close(self) -> None:
         """Close its connections."""
         await self._http.aclose()
 
     async def fetch(self, url: str, target: Path, *, size_bytes: int, sha256: str) -> None:
-        """Download a blob and check it; `BlobDamaged` if it is gone or different, `Unavailable` if the relay is away."""
+        """Download a blob and check it.
+
+        Raises:
+            BlobDamaged: it is gone, or different.
+            Unavailable: the relay is away.
+        """
         digest, count = hashlib.sha256(), 0
         try:
             async with self._http.stream("GET", url) as response:
@@ -70,54 +64,24 @@ class Transfer:
             raise Unavailable(f"cannot fetch the request's bytes: {error!r}") from error
         if count != size_bytes or digest.hexdigest() != sha256:
             raise BlobDamaged(
-                f"the stored request has {count} bytes and a different checksum than the {size_bytes} that were accepted"
+                f"the stored request has {count} bytes and a different checksum than the {size_bytes} "
+                "that were accepted"
             )
 
-    async def upload(
-        self, source: Path, size_bytes: int, part_bytes: int, ask: AskUrls
-    ) -> list[m.Part]:
-        """Put a file in parts; returns them in order. `Unavailable` when a part fails too often."""
-        count = max(1, -(-size_bytes // part_bytes))
-        seats = asyncio.Semaphore(_IN_FLIGHT)
-        with source.open("rb") as file:
+    async def put(self, url: str, body: bytes) -> str:
+        """Put one part; returns the tag that the store answers.
 
-            async def put(number: int, url: str) -> m.Part:
-                async with seats:
-                    body = await asyncio.to_thread(
-                        os.pread, file.fileno(), part_bytes, (number - 1) * part_bytes
-                    )
-                    return await self._put(number, url, body, ask)
-
-            parts: list[m.Part] = []
-            for first in range(1, count + 1, 64):
-                wanted = await ask(first, min(64, count + 1 - first))
-                numbered = enumerate(wanted.urls, start=wanted.first)
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        tasks = [group.create_task(put(number, url)) for number, url in numbered]
-                except ExceptionGroup as failed:
-                    raise failed.exceptions[0] from failed
-                parts += [task.result() for task in tasks]
-        return parts
-
-    async def _put(self, number: int, url: str, body: bytes, ask: AskUrls) -> m.Part:
-        seen = "nothing"
-        for attempt in range(_TRIES):
-            try:
-                response = await self._http.put(url, content=body)
-            except httpx.HTTPError as error:
-                seen = repr(error)
-                await asyncio.sleep(
-                    0.2 * 2**attempt
-                )  # back off from a server that does not answer
-                continue
-            if response.status_code in (200, 201, 204):
-                return m.Part(number=number, etag=response.headers.get("etag", "").strip('"'))
-            seen = f"HTTP {response.status_code}: {response.text[:200]}"
-            if response.status_code in (403, 404):
-                url = (await ask(number, 1)).urls[0]
-            else:
-                await asyncio.sleep(0.2 * 2**attempt)
-        raise Unavailable(
-            f"part {number} of the result could not be stored after {_TRIES} tries (last: {seen})"
-        )
+        Raises:
+            Refused: the store says no.
+            Unavailable: there was no answer.
+        """
+        where = f"{httpx.URL(url).scheme}://{httpx.URL(url).netloc.decode()}"
+        try:
+            response = await self._http.put(url, content=body)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{where} does not take the result: {error!r}") from error
+        if not response.is_success:
+            told = " ".join(response.text.split())[:_SHOWN_CHARS]
+            raise Refused(f"{where} refuses the result: HTTP {response.status_code} {told}")
+        etag: str = response.headers.get("etag", "")
+        return etag.strip('"')

@@ -16,6 +16,11 @@ from edif_hpc.testing.wait import wait_until
 
 MODEL = "edif/tiny-gpt2"
 GONE_S = 2.0
+TRACE = """
+with model.trace("hello", remote=True):
+    out = model.lm_head.output.save()
+report(dimensions=out.ndim)
+"""
 SLEEP_60 = """
 import time
 with model.trace("hello", remote=True):
@@ -139,8 +144,8 @@ def test_a_generation_with_an_intervention(local: ClientProcess) -> None:
     told = local.run("""
         def generate(m, **where):
             with m.generate("Hello", max_new_tokens=4, do_sample=False, **where) as tracer:
-                for step in tracer.iter[0:2]:
-                    m.transformer.h[0].output[0][:] = 0
+                for _ in tracer.iter[0:4]:
+                    m.transformer.h[1].mlp.output[:] = 0
                 tokens = tracer.result.save()
             return tokens
         there, tokens = generate(model, remote=True), generate(here)
@@ -188,7 +193,7 @@ def test_status_compare_whoami_and_is_model_running(client: ClientProcess) -> No
         told = nnsight.status()
         compared = nnsight.compare()
         report(
-            listed=list(told), running=nnsight.is_model_running({MODEL!r}), other=nnsight.is_model_running("edif/other"),
+            listed=list(told), running=nnsight.is_model_running({MODEL!r}), other=nnsight.is_model_running({MODEL!r}, revision="v2"),
             me=nnsight.ndif.whoami(), python=compared.remote_python, raw=nnsight.status(raw=True),
         )
     """)
@@ -269,7 +274,7 @@ def test_a_cancelled_request_stops_computing(stack: Stack, client: ClientProcess
     wait_until(lambda: before - executors(stack), GONE_S, "the executor is gone")
     with pytest.raises(CellFailed, match="cancelled by the operator op"):
         client.wait()
-    assert client.run("with model.trace('a', remote=True): out = model.lm_head.output.save()\nreport(n=out.ndim)")["n"] == 3
+    assert client.run(TRACE)["dimensions"] == 3
 
 
 def test_a_request_over_its_time_is_stopped(stack: Stack) -> None:
@@ -303,7 +308,7 @@ def test_a_crash_costs_its_own_request_alone(stack: Stack, local: ClientProcess,
         """)
     assert caught.value.error == "RemoteError"
     assert {each.pid for each in stack.processes("worker")} == before
-    assert local.run("with model.trace('a', remote=True): out = model.lm_head.output.save()\nreport(n=out.ndim)")["n"] == 3
+    assert local.run(TRACE)["dimensions"] == 3
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
@@ -343,7 +348,7 @@ def test_an_interrupted_queued_request_is_cancelled_after_the_grace(
     process, eyes = leaver
     client.start(SLEEP_60)
     blocker = running(stack)
-    process.start("with model.trace('hello', remote=True): out = model.lm_head.output.save()")
+    process.start(TRACE)
 
     def waiting() -> str | None:
         mine = httpx.get(f"{stack.url}/api/requests", headers=eyes.headers).json()["requests"]

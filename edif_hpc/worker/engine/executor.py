@@ -31,7 +31,7 @@ from nnsight.tracing.globals import BLOCKS, SOURCES
 from edif_hpc.errors import EdifError, NotPermitted, TooLarge
 from edif_hpc.worker.engine import fidelity, memory, saves
 from edif_hpc.worker.engine.console import Allowance, Console
-from edif_hpc.worker.engine.jail import Cell, Jail
+from edif_hpc.worker.engine.jail import Jail
 from edif_hpc.worker.engine.messages import (
     TO_EXECUTOR,
     Broken,
@@ -59,7 +59,6 @@ class House:
     jail: Jail
     threads: int
     scratch: Path
-    readable: tuple[Path, ...]
     selftest: bytes
     consoles: tuple[Console, Console]
 
@@ -73,8 +72,7 @@ def main(house: House, executor: int, fds: Sequence[int]) -> NoReturn:
     """Live the whole life of an executor; `fds` are its socket and its result's file."""
     status = 1
     try:
-        cell = Cell(folder=folder_of(house.scratch, executor), readable=house.readable)
-        steps = house.jail.enter(cell)
+        steps = house.jail.enter(folder_of(house.scratch, executor))
         channel = _keep_only(fds)
         torch.set_num_threads(house.threads)
         _warm(house)

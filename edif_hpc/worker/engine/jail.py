@@ -29,7 +29,7 @@ import select
 import site
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +77,6 @@ CHOICES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What one executor may reach."""
-
-    #: Its own folder, to write in.
-    folder: Path
-    #: Folders to read: the model's.
-    readable: tuple[Path, ...] = ()
-
-
 class Jail:
     """The walls of one zygote and its executors."""
 
@@ -99,9 +89,15 @@ class Jail:
             _become_first_process()
             self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._self = os.pidfd_open(os.getpid())
+        self._rules: list[landlock.Rule] = []
 
-    def shut(self, scratch: Path) -> None:
-        """Take from the zygote, now that it has loaded, the network and all writing but in `scratch`."""
+    def shut(self, scratch: Path, readable: Iterable[Path] = ()) -> None:
+        """Settle, now that the zygote has loaded, what executors may read: libraries and `readable`.
+
+        The zygote itself loses the network, and all writing but in `scratch`.
+        """
+        self._rules += landlock.rules([*map(Path, _SYSTEM), *_python(), *readable], landlock.READ)
+        self._rules += landlock.rules(map(Path, _DEVICES), landlock.DEVICE)
         if not self.layers.namespaces:
             return
         root = Path("/")
@@ -121,7 +117,7 @@ class Jail:
             syscalls.setns(self._pid_namespace, syscalls.CLONE_NEWPID)
         return pid
 
-    def steps(self, cell: Cell) -> Iterator[tuple[str, Callable[[], None]]]:
+    def steps(self, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield the steps of an executor's confinement, by name and in order."""
         if self.layers.namespaces:
             yield "mounts", lambda: syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC)
@@ -131,12 +127,12 @@ class Jail:
         yield "limits", lambda: _set_limits(own_user=self.layers.namespaces)
         yield "parent", self._follow_zygote
         if self.layers.landlock:
-            yield "landlock", lambda: self._confine_files(cell)
+            yield "landlock", lambda: self._confine_files(folder)
         if self.layers.seccomp:
             yield "seccomp", lambda: seccomp.restrict(threads_only=not self.layers.namespaces)
 
-    def enter(self, cell: Cell) -> list[str]:
-        """Lock this process up for good; return the names of the steps taken.
+    def enter(self, folder: Path) -> list[str]:
+        """Lock this process up for good, with `folder` to write in; return the steps taken.
 
         Raises:
             EngineError: there is a second thread, which no wall would bind.
@@ -144,8 +140,8 @@ class Jail:
         """
         taken = []
         os.umask(0o077)
-        os.chdir(cell.folder)
-        for name, step in self.steps(cell):
+        os.chdir(folder)
+        for name, step in self.steps(folder):
             _be_alone(name)
             step()
             taken.append(name)
@@ -155,13 +151,15 @@ class Jail:
         """Die with the zygote. This comes after the last change of credentials, which would undo it."""
         follow(self._self)
 
-    def _confine_files(self, cell: Cell) -> None:
-        rules = landlock.Ruleset()
-        rules.allow([*map(Path, _SYSTEM), *_python(), *cell.readable], landlock.READ)
-        rules.allow(map(Path, _DEVICES), landlock.DEVICE)
-        rules.allow(map(Path, ["/proc"] if self.layers.namespaces else _PROC), landlock.READ)
-        rules.allow_all(cell.folder)
-        rules.restrict()
+    def _confine_files(self, folder: Path) -> None:
+        proc = ["/proc"] if self.layers.namespaces else _PROC
+        own = [
+            *landlock.rules(map(Path, proc), landlock.READ),
+            *landlock.rules([folder], landlock.ALL),
+        ]
+        landlock.restrict([*self._rules, *own])
+        for rule in own:
+            os.close(rule.fd)
 
 
 def follow(parent: int) -> None:
@@ -202,7 +200,7 @@ def _try(layers: Layers, scratch: Path) -> str | None:
     """Go the whole way to a confined child in a throw-away process; return what went wrong."""
 
     def executor(jail: Jail) -> None:
-        jail.enter(Cell(folder=scratch))
+        jail.enter(scratch)
         if layers.landlock:
             _must_be_denied(
                 lambda: os.close(os.open(scratch.parent, os.O_RDONLY)), "other folders"

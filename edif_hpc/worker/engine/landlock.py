@@ -1,7 +1,6 @@
 """Landlock: which files a process may touch, decided by the process itself, without root.
 
-A ruleset names the kinds of access it handles; from `restrict` on, each of them is denied except below
-the folders that a rule allows. It holds for the calling thread and what it starts later, for ever, so
+From `restrict` on every kind of access to files is denied except below the paths that a rule allows. It holds for the calling thread and what it starts later, for ever, so
 it has to come before the first thread. Kernels differ in what they can handle: the ABI number says how
 far, and a kernel without Landlock has the number 0.
 
@@ -13,8 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from edif_hpc.worker.engine import syscalls
@@ -36,6 +38,7 @@ _ACCESS_BITS_NOW = 16
 _NET_TCP = 0b11
 _SCOPES = 0b11
 
+ALL = (1 << _ACCESS_BITS_NOW) - 1
 READ = _EXECUTE | _READ_FILE | _READ_DIR
 DEVICE = _READ_FILE | _WRITE_FILE
 #: What makes sense on a path that is no folder.
@@ -50,55 +53,44 @@ def abi() -> int:
     return max(int(result), 0)
 
 
-class Ruleset:
-    """Rules in the making; `restrict` makes them hold."""
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Access to what lies below a path, which `fd` holds open without opening it."""
 
-    def __init__(self) -> None:
-        version = abi()
-        bits = _ACCESS_BITS.get(version, _ACCESS_BITS_NOW)
-        self._handled = (1 << bits) - 1
-        attr = struct.pack(
-            "QQQ", self._handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    fd: int
+    access: int
+
+
+def rules(paths: Iterable[Path], access: int) -> Iterator[Rule]:
+    """Yield a rule for each of `paths` that exists."""
+    for path in paths:
+        with suppress(FileNotFoundError, PermissionError, NotADirectoryError):
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            is_folder = stat.S_ISDIR(os.fstat(fd).st_mode)
+            yield Rule(fd=fd, access=access if is_folder else access & _ON_FILES)
+
+
+def restrict(allowed: Iterable[Rule]) -> None:
+    """Deny, to this thread and all that it starts, whatever is not allowed, for ever."""
+    version = abi()
+    handled = (1 << _ACCESS_BITS.get(version, _ACCESS_BITS_NOW)) - 1
+    attr = struct.pack(
+        "QQQ", handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    )
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    syscall = syscalls.libc().syscall
+    nothing = ctypes.c_uint(0)
+    ruleset = syscalls.check(
+        syscall(ctypes.c_long(_SYS_CREATE_RULESET), attr, ctypes.c_size_t(size), nothing),
+        "landlock_create_ruleset",
+    )
+    beneath = ctypes.c_int(_RULE_PATH_BENEATH)
+    for rule in allowed:
+        path = struct.pack("=Qi", rule.access & handled, rule.fd)
+        added = syscall(
+            ctypes.c_long(_SYS_ADD_RULE), ctypes.c_int(ruleset), beneath, path, nothing
         )
-        size = 8 if version < 4 else 16 if version < 6 else 24
-        self._fd = syscalls.check(
-            syscalls.libc().syscall(
-                ctypes.c_long(_SYS_CREATE_RULESET), attr, ctypes.c_size_t(size), ctypes.c_uint(0)
-            ),
-            "landlock_create_ruleset",
-        )
-
-    def allow(self, paths: Iterable[Path], access: int) -> None:
-        """Allow `access` on and below those of `paths` that exist."""
-        for path in paths:
-            try:
-                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            except (FileNotFoundError, PermissionError, NotADirectoryError):
-                continue
-            try:
-                self._add(fd, access if path.is_dir() else access & _ON_FILES)
-            finally:
-                os.close(fd)
-
-    def allow_all(self, path: Path) -> None:
-        """Allow everything below `path`."""
-        self.allow([path], self._handled)
-
-    def restrict(self) -> None:
-        """Make the rules hold, for this thread and all that it starts, for ever."""
-        result = syscalls.libc().syscall(
-            ctypes.c_long(_SYS_RESTRICT_SELF), ctypes.c_int(self._fd), ctypes.c_uint(0)
-        )
-        os.close(self._fd)
-        syscalls.check(result, "landlock_restrict_self")
-
-    def _add(self, fd: int, access: int) -> None:
-        attr = struct.pack("=Qi", access & self._handled, fd)
-        result = syscalls.libc().syscall(
-            ctypes.c_long(_SYS_ADD_RULE),
-            ctypes.c_int(self._fd),
-            ctypes.c_int(_RULE_PATH_BENEATH),
-            attr,
-            ctypes.c_uint(0),
-        )
-        syscalls.check(result, "landlock_add_rule")
+        syscalls.check(added, "landlock_add_rule")
+    result = syscall(ctypes.c_long(_SYS_RESTRICT_SELF), ctypes.c_int(ruleset), nothing)
+    os.close(ruleset)
+    syscalls.check(result, "landlock_restrict_self")

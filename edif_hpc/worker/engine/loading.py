@@ -5,7 +5,8 @@ those of a plain local load in the same dtype. The key names the class to import
 clients: only classes listed here are taken.
 
 From a hub, the files are fetched first and counted as they come, and the commit that the revision
-stands for is pinned, so that what is reported is what was loaded.
+stands for is pinned, so that what is reported is what was loaded. A folder's commit is taken from its
+contents, as the relay's hub takes it (`objects.repository`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nnsight.ndif import get_local_env
 from tqdm.auto import tqdm
 
 from edif_hpc.errors import NotPermitted, SettingsError
+from edif_hpc.objects.repository import read_manifest
 from edif_hpc.worker.engine.messages import Load
 
 CLASSES = (
@@ -42,6 +44,7 @@ class Source:
 
     place: str
     commit: str | None
+    pin: str | None  #: the revision to load; None for a folder, which has one state only
     readable: tuple[Path, ...]
 
 
@@ -54,7 +57,8 @@ def fetch(load: Load, report: Report) -> Source:
     """Make sure that the files are on this machine."""
     folder = Path(load.source)
     if folder.is_dir():
-        return Source(place=str(folder), commit=None, readable=(folder.resolve(),))
+        commit = read_manifest(folder).commit
+        return Source(place=str(folder), commit=commit, pin=None, readable=(folder.resolve(),))
     info = HfApi().model_info(load.source, revision=load.revision, files_metadata=True)
     names = [file.rfilename for file in info.siblings or []]
     safe = any(name.endswith(".safetensors") for name in names)
@@ -65,7 +69,8 @@ def fetch(load: Load, report: Report) -> Source:
         tqdm_class=_counting(report),
     )
     # Snapshots are links into the repository's own folder of blobs.
-    return Source(place=load.source, commit=info.sha, readable=(Path(snapshot).parents[1],))
+    blobs = Path(snapshot).parents[1]
+    return Source(place=load.source, commit=info.sha, pin=info.sha, readable=(blobs,))
 
 
 def load_model(load: Load, source: Source) -> Any:
@@ -80,17 +85,17 @@ def load_model(load: Load, source: Source) -> Any:
         raise NotPermitted(
             f"model class {import_path!r} is not served; known: {', '.join(CLASSES)}"
         )
-    identity = {**json.loads(suffix), "repo_id": source.place, "revision": source.commit}
+    identity = {**json.loads(suffix), "repo_id": source.place, "revision": source.pin}
     key = f"{import_path}:{json.dumps(identity)}"
     return Remotable.from_model_key(key, dispatch=True, **_dtype(load.dtype))
 
 
-def describe(model: Any, load: Load, source: Source) -> dict[str, Any]:
+def describe(model: Any, source: Source) -> dict[str, Any]:
     """Return the part of `EngineInfo` that only this side can know."""
     persistent = model._remoteable_persistent_objects()  # noqa: SLF001 - nnsight's server API
     env = get_local_env()
     return {
-        "commit": source.commit or load.revision,
+        "commit": source.commit,
         "dtype": str(next(model._module.parameters()).dtype).removeprefix("torch."),  # noqa: SLF001
         "model_class": type(model._module).__name__,  # noqa: SLF001
         "task": model.task,

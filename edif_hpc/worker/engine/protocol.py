@@ -196,6 +196,10 @@ class Channel:
         """Return the descriptor, for polling."""
         return self._sock.fileno()
 
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Write the whole frame."""
         frame = memoryview(encode(message, self._send_limit))

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from edif_hpc.domain.request import FailureKind as FailureKind  # part of these values
+from edif_hpc.domain.request import Limits as Limits
+
 MIB = 1024 * 1024
 
 #: A result of at most this many final bytes travels through the socket; a larger one lies in a file.
@@ -41,25 +44,6 @@ class Level(StrEnum):
         """Whether this level is at least as strong as `floor`."""
         order = list(Level)
         return order.index(self) <= order.index(floor)
-
-
-class FailureKind(StrEnum):
-    """Why a job has no result; the client sees it as `meta.error.kind`."""
-
-    #: The researcher's code, or what it asked for, is at fault.
-    USER = "user"
-    #: The executor died.
-    CRASH = "crash"
-    #: Memory ran out.
-    OOM = "oom"
-    #: The wall time of the job was over.
-    TIMEOUT = "timeout"
-    #: Somebody called it off.
-    CANCELLED = "cancelled"
-    #: The result or the output is larger than allowed.
-    LIMIT = "limit"
-    #: Our fault: the zygote died, an executor could not be prepared.
-    ENGINE = "engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +76,6 @@ class EngineSpec:
     load_timeout_s: float = 3600.0
     #: How long one executor may take to become ready.
     ready_timeout_s: float = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one job may use."""
-
-    wall_s: float = 600.0
-    #: Memory beyond what an executor begins with.
-    memory_bytes: int = 8 * 1024 * MIB
-    #: The final bytes of the result (after compression, if any).
-    result_bytes: int = 2 * 1024 * MIB
-    log_bytes: int = MIB
-    log_lines: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +144,7 @@ class Isolation:
 class EngineInfo:
     """What is loaded and how it is kept; goes to the relay, to `/env` and to `ps`."""
 
-    #: The commit that was loaded; `None` for a local folder.
+    #: The commit that was loaded; a folder's is taken from its contents.
     commit: str | None
     dtype: str
     model_class: str

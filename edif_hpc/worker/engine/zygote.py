@@ -96,8 +96,8 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     holder: weights.Holder = weights.MemoryFile()
     size = holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
     blob = selftest.capture(model)
-    info = loading.describe(model, load, source)
-    jail.shut(scratch)
+    info = loading.describe(model, source)
+    jail.shut(scratch, source.readable)
     sys.stdout, sys.stderr = consoles
     tempfile.tempdir = os.curdir
     house = House(
@@ -105,7 +105,6 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
         jail=jail,
         threads=load.threads,
         scratch=scratch,
-        readable=source.readable,
         selftest=blob,
         consoles=consoles,
     )
@@ -113,7 +112,7 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     info |= {
         "isolation": {
             "level": str(layers.level),
-            "steps": [name for name, _ in jail.steps(jails.Cell(folder=scratch))],
+            "steps": [name for name, _ in jail.steps(scratch)],
             "missing": list(missing),
         },
         "weights_bytes": size,

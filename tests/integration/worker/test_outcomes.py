@@ -259,15 +259,15 @@ async def test_time_runs_out(walled: Service) -> None:
 
 async def test_cancelling_ends_the_computation(walled: Service) -> None:
     begun = asyncio.Event()
-    before = executors(walled)
     task = asyncio.create_task(walled.engine.run(walled.job(endless), lambda _: begun.set()))
     await asyncio.wait_for(begun.wait(), 30)
+    running = executors(walled)
     task.cancel()
     began = time.monotonic()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert time.monotonic() - began < 2
-    assert before - executors(walled)
+    assert running - executors(walled)
     await still_serves(walled)
 
 

@@ -54,7 +54,7 @@ def trying(secret: str, zygote: int) -> Any:  # noqa: C901 - a block is one piec
                 "read a secret": lambda: Path(secret).read_text(),
                 "list a folder": lambda: list(Path(secret).parent.iterdir()),
                 "siblings": lambda: list(Path("..").iterdir()),
-                "write elsewhere": lambda: Path("/tmp/left-by-a-request").write_text("x"),
+                "write elsewhere": lambda: Path(f"{secret}-left").write_text("x"),
                 "own folder": lambda: Path("mine").write_text("x"),
                 "signal the zygote": lambda: os.kill(zygote, 0),
                 "fork": lambda: os.fork() or os._exit(0),

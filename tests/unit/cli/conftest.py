@@ -94,14 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         content = json.loads(body) if body else None
         answer = self.relay.reply(Call(self.command, path, query, headers, content))
-        self.send_response(answer.status)
+        self.send_response_only(answer.status)
+        answer.headers.setdefault("date", self.date_time_string())
         for name, value in answer.headers.items():
             self.send_header(name, value)
         self.send_header("content-length", str(len(answer.data)))
         self.end_headers()
         self.wfile.write(answer.data[: answer.cut_after])
 
-    do_GET = do_POST = do_DELETE = _serve
+    do_GET = do_POST = do_DELETE = _serve  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Be quiet."""

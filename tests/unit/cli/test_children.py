@@ -39,7 +39,11 @@ print(json.dumps([before, killed, [each.pid for each in children.children()]]))
 
 def test_orphans_are_found_and_ended_also_the_deaf(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     before, killed, after = json.loads(done.stdout)
     assert len(before) == 2
@@ -64,14 +68,28 @@ def test_a_process_that_has_ended_is_none() -> None:
 def test_start_returns_the_line_that_says_ready(tmp_path: Path) -> None:
     log = tmp_path / "log"
     line = children.start(
-        ["http.server", "--bind", "127.0.0.1", "0"], environ=dict(os.environ), log=log, until="http://", timeout_s=20
+        ["http.server", "--bind", "127.0.0.1", "0"],
+        environ=dict(os.environ),
+        log=log,
+        until="http://",
+        timeout_s=20,
     )
     assert "127.0.0.1" in line
-    [server] = [each for each in children.children() if b"http.server" in Path(f"/proc/{each.pid}/cmdline").read_bytes()]
+    [server] = [
+        each
+        for each in children.children()
+        if b"http.server" in Path(f"/proc/{each.pid}/cmdline").read_bytes()
+    ]
     children.end([server], 10)
     assert not server.alive
 
 
 def test_start_tells_the_last_words_of_what_ended(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"no_such_module .*ended with 1: .*No module named"):
-        children.start(["no_such_module"], environ=dict(os.environ), log=tmp_path / "log", until="x", timeout_s=20)
+    with pytest.raises(LaunchError, match=r"no_such_module .*ended: .*No module named"):
+        children.start(
+            ["no_such_module"],
+            environ=dict(os.environ),
+            log=tmp_path / "log",
+            until="x",
+            timeout_s=20,
+        )

@@ -51,7 +51,9 @@ def test_add_with_everything(relay: Any, run: Callable[..., Any]) -> None:
 def test_add_a_folder(relay: Any, run: Callable[..., Any], model_folder: Path) -> None:
     relay.on("POST", PATH, ADDED)
     assert run("deployment", "add", str(model_folder)).exit_code == Exit.OK
-    assert relay.bodies("POST", PATH) == [{"repo_id": str(model_folder), "source": str(model_folder)}]
+    assert relay.bodies("POST", PATH) == [
+        {"repo_id": str(model_folder), "source": str(model_folder)}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,16 @@ def test_ls(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("GET", PATH, {"deployments": [ADDED]})
     head, row = run("deployment", "ls").stdout.splitlines()
     assert head.split()[:4] == ["NAME", "REPO", "ID", "REVISION"]
-    assert row.split() == ["tiny", "edif/tiny-gpt2", "-", "text-generation", "float32", "1", "1", "process"]
+    assert row.split() == [
+        "tiny",
+        "edif/tiny-gpt2",
+        "-",
+        "text-generation",
+        "float32",
+        "1",
+        "1",
+        "process",
+    ]
 
 
 def test_ls_of_nothing_says_what_to_do(relay: Any, run: Callable[..., Any]) -> None:

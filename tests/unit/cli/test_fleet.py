@@ -37,7 +37,11 @@ def line(**facts: Any) -> dict[str, Any]:
 
 def made(number: int) -> dict[str, Any]:
     """A new allocation, as the relay tells it."""
-    return {"allocation": {"id": f"a{number}"}, "name": f"edif-tiny-{number}-1-a{number}", "join_token": "once"}
+    return {
+        "allocation": {"id": f"a{number}"},
+        "name": f"edif-tiny-{number}-1-a{number}",
+        "join_token": "once",
+    }
 
 
 def changing(relay: Any, *states: list[dict[str, Any]]) -> None:
@@ -66,23 +70,29 @@ def api(relay: Any) -> Api:
     for number in range(3):
         relay.on("POST", f"/api/allocations/a{number}/submitted", {})
         relay.on("POST", f"/api/allocations/a{number}/failed", {})
-    return Api(ClientSettings(relay=relay.url, token="edif_a_b"))  # noqa: S106
+    return Api(ClientSettings(relay=relay.url, token="edif_a_b"))
 
 
 def test_an_order_is_for_its_owner_alone(api: Api, relay: Any, tmp_path: Path) -> None:
     submitter = FakeSubmitter()
-    engine = EngineFacts(hub_token="hf_x", threads=3)  # noqa: S106
+    engine = EngineFacts(hub_token="hf_x", threads=3)
     LocalSite(folder=tmp_path / "local", engine=engine, submitter=submitter).launch(api, [made(0)])
     [submission] = submitter.taken
     assert stat.S_IMODE(submission.order.stat().st_mode) == 0o600
     assert stat.S_IMODE(submission.folder.stat().st_mode) == 0o700
     order = read_pilot_order(submission.order)
-    assert (order.name, order.relay_url, order.join_token) == ("edif-tiny-0-1-a0", relay.url, "once")
+    assert (order.name, order.relay_url, order.join_token) == (
+        "edif-tiny-0-1-a0",
+        relay.url,
+        "once",
+    )
     assert order.engine == engine
     assert relay.bodies("POST", "/api/allocations/a0/submitted") == [{"job_id": "job1"}]
 
 
-@pytest.mark.parametrize("error", [LaunchError("no room"), OSError("disk full"), KeyboardInterrupt("stop")])
+@pytest.mark.parametrize(
+    "error", [LaunchError("no room"), OSError("disk full"), KeyboardInterrupt("stop")]
+)
 def test_what_was_not_submitted_is_told_to_the_relay(
     error: BaseException, api: Api, relay: Any, tmp_path: Path
 ) -> None:
@@ -123,7 +133,10 @@ def test_up_waits_until_it_is_warm(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("POST", "/api/allocations", {"allocations": []})
     loading = {"state": "loading", "progress": 0.4}
     changing(
-        relay, [line()], [line(detail="fetching", worker=loading)], [line(state="warm", detail="serves", worker=WARM)]
+        relay,
+        [line()],
+        [line(detail="fetching", worker=loading)],
+        [line(state="warm", detail="serves", worker=WARM)],
     )
     result = run("up", "tiny", "--wait")
     assert result.exit_code == Exit.OK
@@ -149,7 +162,10 @@ def test_up_notices_a_pilot_that_died_unheard(relay: Any, run: Callable[..., Any
     relay.on("POST", "/api/allocations/a1/failed", {})
     changing(relay, [line(state="submitted", node=None, job_id="99999999")])
     assert run("up", "tiny", "--wait").exit_code == Exit.FAILED
-    assert relay.bodies("POST", "/api/allocations/a1/failed")[0]["cause"] == "the pilot died before it joined"
+    assert (
+        relay.bodies("POST", "/api/allocations/a1/failed")[0]["cause"]
+        == "the pilot died before it joined"
+    )
 
 
 def test_up_does_not_wait_for_ever(relay: Any, run: Callable[..., Any]) -> None:
@@ -170,7 +186,9 @@ def test_down_waits_until_they_are_gone(relay: Any, run: Callable[..., Any]) -> 
     assert "runs 1 request(s)" in result.stderr
 
 
-def test_down_counts_a_process_of_this_machine_that_lives(relay: Any, run: Callable[..., Any]) -> None:
+def test_down_counts_a_process_of_this_machine_that_lives(
+    relay: Any, run: Callable[..., Any]
+) -> None:
     relay.on("POST", "/api/drain", {"allocations": 1})
     changing(relay, [line()], [])  # its pilot, said to be this very process, goes on
     result = run("down", "--all", "--wait", "--timeout", "0s")
@@ -178,7 +196,9 @@ def test_down_counts_a_process_of_this_machine_that_lives(relay: Any, run: Calla
     assert f"(job {os.getpid()})" in result.stderr
 
 
-def test_down_names_a_deployment_that_does_not_exist(relay: Any, complain: Callable[..., str]) -> None:
+def test_down_names_a_deployment_that_does_not_exist(
+    relay: Any, complain: Callable[..., str]
+) -> None:
     relay.on("GET", "/api/deployments", DEPLOYMENTS)
     changing(relay, [line()])
     assert "deployed: tiny" in complain(Exit.REFUSED, "down", "tiyn")
@@ -196,7 +216,9 @@ def test_ps(relay: Any, run: Callable[..., Any]) -> None:
     assert row[4:8] == ["warm", "serves", "full", "2"]
 
 
-def test_ps_json_has_the_path_of_the_log(relay: Any, run: Callable[..., Any], environ: dict[str, str]) -> None:
+def test_ps_json_has_the_path_of_the_log(
+    relay: Any, run: Callable[..., Any], environ: dict[str, str]
+) -> None:
     log = Path(environ["EDIF_STATE_DIR"], line()["name"], "7_0_log.out")
     log.parent.mkdir(parents=True)
     log.touch()

@@ -20,9 +20,13 @@ def config(environ: dict[str, str]) -> Path:
     return Path(environ["EDIF_CONFIG"])
 
 
-def test_init_writes_what_the_next_commands_need(config: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_init_writes_what_the_next_commands_need(
+    config: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
     config.unlink()
-    result = run("relay", "init", "--data-dir", str(tmp_path / "r"), "--port", "8799", "--name", "ada")
+    result = run(
+        "relay", "init", "--data-dir", str(tmp_path / "r"), "--port", "8799", "--name", "ada"
+    )
     assert result.exit_code == Exit.OK, result.output
     tables = tomllib.loads(config.read_text())
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
@@ -43,7 +47,9 @@ def test_a_client_table_stays_as_it_is(config: Path, run: Callable[..., Any]) ->
     assert "export EDIF_TOKEN=edif_" in result.stdout
 
 
-def test_a_relay_table_stays_and_the_flags_are_repeated(config: Path, run: Callable[..., Any]) -> None:
+def test_a_relay_table_stays_and_the_flags_are_repeated(
+    config: Path, run: Callable[..., Any]
+) -> None:
     config.write_text("[relay]\nport = 8798\n")
     result = run("relay", "init", "--port", "8799")
     assert tomllib.loads(config.read_text())["relay"] == {"port": 8798}
@@ -58,7 +64,9 @@ def test_a_file_that_others_could_read_is_closed_before_the_token_is_in_it(
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
 
 
-def test_a_second_relay_is_refused(config: Path, run: Callable[..., Any], complain: Callable[..., str]) -> None:
+def test_a_second_relay_is_refused(
+    config: Path, run: Callable[..., Any], complain: Callable[..., str]
+) -> None:
     run("relay", "init")
     before = config.read_text()
     assert "holds a relay already" in complain(Exit.REFUSED, "relay", "init")
@@ -80,6 +88,8 @@ def test_a_file_that_is_no_toml(config: Path, complain: Callable[..., str]) -> N
     assert "mend or move it" in complain(Exit.SETTINGS, "relay", "init")
 
 
-def test_serve_without_a_relay_says_how_to_make_one(config: Path, complain: Callable[..., str]) -> None:
+def test_serve_without_a_relay_says_how_to_make_one(
+    config: Path, complain: Callable[..., str]
+) -> None:
     config.write_text("")
     assert "edif-hpc relay init" in complain(Exit.SETTINGS, "relay", "serve", "--port", "0")

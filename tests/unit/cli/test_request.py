@@ -33,11 +33,17 @@ def offer(relay: Any, stored: bytes, *, compress: bool, cuts: list[int | None]) 
 
     def serve(call: Any) -> Any:
         start = int(call.headers.get("range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        relay.send("GET", "/file", stored[start:], status=206 if start else 200, cut_after=cuts.pop(0))
+        relay.send(
+            "GET", "/file", stored[start:], status=206 if start else 200, cut_after=cuts.pop(0)
+        )
         return relay.answers["GET", "/file"]
 
     relay.on("GET", PATH, REQUEST)
-    link = {"url": f"{relay.url}/results/{ID}?sig=x", "compress": compress, "size_bytes": len(stored)}
+    link = {
+        "url": f"{relay.url}/results/{ID}?sig=x",
+        "compress": compress,
+        "size_bytes": len(stored),
+    }
     relay.on("GET", f"{PATH}/result", link)
     relay.on("GET", f"/results/{ID}", serve)
 
@@ -100,7 +106,11 @@ def test_a_file_is_never_written_over(relay: Any, complain: Callable[..., str]) 
 
 
 def test_a_request_that_has_not_ended(relay: Any, complain: Callable[..., str]) -> None:
-    relay.on("GET", PATH, REQUEST | {"state": "QUEUED", "shown": "DEPLOYING", "description": "loading 40%"})
+    relay.on(
+        "GET",
+        PATH,
+        REQUEST | {"state": "QUEUED", "shown": "DEPLOYING", "description": "loading 40%"},
+    )
     said = complain(Exit.REFUSED, "request", "fetch", ID)
     assert "is DEPLOYING (loading 40%); wait for it with --wait" in said
 
@@ -111,7 +121,11 @@ def test_wait(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("GET", PATH, lambda _: REQUEST | {"state": (state := states.pop(0)), "shown": state})
     result = run("request", "fetch", ID, "--wait")
     assert result.exit_code == Exit.OK
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["QUEUED", "RUNNING", "COMPLETED"]
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
+        "QUEUED",
+        "RUNNING",
+        "COMPLETED",
+    ]
 
 
 def test_a_request_that_failed(relay: Any, complain: Callable[..., str]) -> None:
@@ -144,7 +158,12 @@ def test_explain(relay: Any, run: Callable[..., Any]) -> None:
     attempt = {
         "attempt": 1, "holder": "abcd", "granted_at": 1.7e9, "started_at": None, "ended_at": 1.7e9, "end": "expired",
     }  # fmt: skip
-    explained = {"state": "QUEUED", "why": "in the queue of tiny, next", "position": 1, "attempts": [attempt]}
+    explained = {
+        "state": "QUEUED",
+        "why": "in the queue of tiny, next",
+        "position": 1,
+        "attempts": [attempt],
+    }
     relay.on("GET", f"{PATH}/explain", explained)
     lines = run("request", "explain", ID).stdout.splitlines()
     assert "in the queue of tiny, next" in lines[1]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-SERVED = {"tiny/0": {"application_state": "RUNNING", "repo_id": "edif/tiny-gpt2", "task": "text-generation"}}
+SERVED = {
+    "tiny/0": {
+        "application_state": "RUNNING",
+        "repo_id": "edif/tiny-gpt2",
+        "task": "text-generation",
+    }
+}
 
 
 def test_for_an_operator(relay: Any, run: Callable[..., Any]) -> None:

@@ -36,7 +36,9 @@ def test_create_an_operators(relay: Any, run: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("text", ["90", "d", "-5d", "1w", "1e3s", ""])
 def test_a_duration_has_a_unit(text: str, complain: Callable[..., str]) -> None:
-    assert "write 90s, 30min, 12h or 7d" in complain(Exit.USAGE, "token", "create", "ada", "--expires", text)
+    assert "write 90s, 30min, 12h or 7d" in complain(
+        Exit.USAGE, "token", "create", "ada", "--expires", text
+    )
 
 
 def test_ls(relay: Any, run: Callable[..., Any]) -> None:

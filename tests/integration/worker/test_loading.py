@@ -1,0 +1,66 @@
+"""From a hub: fetched with progress, pinned, and the same as loaded by the client."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edif_hpc.errors import EngineError
+from edif_hpc.worker.engine.pool import Engine
+from edif_hpc.worker.engine.values import EngineSpec, Level, Progress
+from tests.integration.worker.conftest import Service, spec
+from tests.integration.worker.test_fidelity import trace
+
+
+@pytest.fixture
+def hub_spec(loopback_hub: str, tmp_path: Path) -> EngineSpec:
+    local = spec(tmp_path, tmp_path / "engine")
+    return replace(
+        local, source="edif/tiny-gpt2", hub_endpoint=loopback_hub, hub_cache=tmp_path / "cache"
+    )
+
+
+async def test_a_model_from_a_hub(hub_spec: EngineSpec, gpt2: Any) -> None:
+    seen: list[Progress] = []
+    engine = Engine(hub_spec)
+    try:
+        info = await engine.start(seen.append)
+        assert info.commit is not None
+        assert len(info.commit) == 40
+        assert info.packages["nnsight"].startswith("0.8")
+        assert info.weights_bytes > 100_000
+        stages = list(dict.fromkeys(progress.stage for progress in seen))
+        assert stages == ["importing", "fetching", "loading", "placing", "self-test"]
+        fetched = [progress for progress in seen if progress.stage == "fetching"]
+        assert fetched[-1].done > info.weights_bytes
+        reply = await Service(engine=engine, info=info, model=gpt2).send(trace)
+        assert torch.equal(reply.values["logits"], trace(gpt2)["logits"])
+    finally:
+        await engine.stop()
+
+
+async def test_a_name_that_the_hub_does_not_know(hub_spec: EngineSpec) -> None:
+    engine = Engine(replace(hub_spec, source="nobody/nothing"))
+    with pytest.raises(EngineError, match="nobody/nothing"):
+        await engine.start()
+
+
+async def test_the_dtype_is_the_deployments(tiny_gpt2: Path, tmp_path: Path, gpt2: Any) -> None:
+    engine = Engine(spec(tiny_gpt2, tmp_path / "engine", dtype="bfloat16", ceiling=Level.PROCESS))
+    try:
+        info = await engine.start()
+        assert info.dtype == "bfloat16"
+        reply = await Service(engine=engine, info=info, model=gpt2).send(trace)
+        assert reply.values["hidden"].dtype is torch.bfloat16
+    finally:
+        await engine.stop()
+
+
+async def test_a_dtype_that_is_none(tiny_gpt2: Path, tmp_path: Path) -> None:
+    engine = Engine(spec(tiny_gpt2, tmp_path / "engine", dtype="float31"))
+    with pytest.raises(EngineError, match="float31"):
+        await engine.start()
