@@ -50,11 +50,13 @@ class PilotLink:
 
     def report(self, event: str, detail: str, *, nonce: str) -> None:
         """Tell the relay about the worker's process that greets with this nonce."""
+        self._hello()  # a relay that was started anew since our last beat does not know us
         self._send(m.Report(event=event, detail=detail[-8000:], nonce=nonce))
 
     async def goodbye(self, cause: str) -> None:
         """Leave for good."""
         self._beating.cancel()
+        self._hello()
         self._send(m.Goodbye(cause=cause[:200]))
         await self._dealer.close()
 

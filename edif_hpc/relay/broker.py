@@ -165,14 +165,14 @@ class Broker:
     # -- the timer -----------------------------------------------------------------------------------------------------
 
     def overdue(self, grace_s: float) -> list[tuple[str, Failure]]:
-        """Queued requests whose end date or whose client's grace has passed, with the error each is owed."""
+        """Requests whose end date in the queue, or whose client's grace before they began, has passed; with their errors."""
         wall, now = self._clock.wall(), self._clock.monotonic()
         out = []
         for entry in self._board.open.values():
             request = entry.request
-            if request.state is not RequestState.QUEUED or entry.busy:
+            if entry.busy or not self._leasing.waits(request):
                 continue
-            if request.expires_at <= wall:
+            if request.state is RequestState.QUEUED and request.expires_at <= wall:
                 out.append(
                     (
                         request.id,

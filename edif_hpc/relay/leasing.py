@@ -314,6 +314,14 @@ class Leasing:
         if not self.match(changed.deployment):
             self._board.show_waiting(entry, why=end)
 
+    def waits(self, request: Request) -> bool:
+        """Whether it has not begun: it is queued, or a worker has it ahead of its turn."""
+        if request.state is not RequestState.DISPATCHED:
+            return request.state is RequestState.QUEUED
+        worker = self._fleet.workers.get(request.holder or "")
+        holding = worker.leases.get(request.id) if worker is not None else None
+        return holding is not None and holding.started_at is None
+
     # -- inside ----------------------------------------------------------------------------------------------------------
 
     def _tell(self, key: str, message: m.FromRelay) -> None:

@@ -16,7 +16,7 @@ SELECT requests.*, attempts.holder AS lease_holder, attempts.granted_at, attempt
        attempts.ended_at AS lease_ended_at, attempts.ended_by, attempts.evidence
 FROM requests
 LEFT JOIN attempts
-    ON attempts.request_id = requests.id AND attempts.attempt = requests.attempt
+    ON attempts.seq = requests.seq AND attempts.attempt = requests.attempt
 WHERE requests.id = :id;
 
 -- insert_request --
@@ -41,29 +41,29 @@ SET state = :state, attempt = :attempt, crashes = :crashes, holder = :holder,
 WHERE id = :id;
 
 -- insert_blob --
-INSERT INTO blobs (request_id, bytes) VALUES (:id, :bytes);
+INSERT INTO blobs (seq, bytes) VALUES ((SELECT seq FROM requests WHERE id = :id), :bytes);
 
 -- delete_blob --
-DELETE FROM blobs WHERE request_id = :id;
+DELETE FROM blobs WHERE seq = (SELECT seq FROM requests WHERE id = :id);
 
 -- insert_result --
-INSERT INTO results (request_id, bytes) VALUES (:id, :bytes);
+INSERT INTO results (seq, bytes) VALUES ((SELECT seq FROM requests WHERE id = :id), :bytes);
 
 -- delete_result --
-DELETE FROM results WHERE request_id = :id;
+DELETE FROM results WHERE seq = (SELECT seq FROM requests WHERE id = :id);
 
 -- insert_attempt --
-INSERT INTO attempts (request_id, attempt, holder, granted_at, evidence)
-VALUES (:request_id, :attempt, :holder, :granted_at, '{}');
+INSERT INTO attempts (seq, attempt, holder, granted_at, evidence)
+VALUES ((SELECT seq FROM requests WHERE id = :request_id), :attempt, :holder, :granted_at, '{}');
 
 -- update_attempt --
 UPDATE attempts
 SET started_at = :started_at, ended_at = :ended_at, ended_by = :end, evidence = :evidence
-WHERE request_id = :request_id AND attempt = :attempt;
+WHERE seq = (SELECT seq FROM requests WHERE id = :request_id) AND attempt = :attempt;
 
 -- insert_charge --
-INSERT INTO charges (request_id, owner, deployment, run_s, queued_s, at)
-VALUES (:request_id, :owner, :deployment, :run_s, :queued_s, :at);
+INSERT INTO charges (seq, owner, deployment, run_s, queued_s, at)
+VALUES ((SELECT seq FROM requests WHERE id = :request_id), :owner, :deployment, :run_s, :queued_s, :at);
 
 -- get --
 SELECT * FROM requests WHERE id = :id;
@@ -85,19 +85,25 @@ WHERE owner = :owner AND seq < :before_seq
 ORDER BY seq DESC LIMIT :limit;
 
 -- blob --
-SELECT bytes FROM blobs WHERE request_id = :id;
+SELECT bytes FROM blobs WHERE seq = (SELECT seq FROM requests WHERE id = :id);
 
 -- inline_result --
-SELECT bytes FROM results WHERE request_id = :id;
+SELECT bytes FROM results WHERE seq = (SELECT seq FROM requests WHERE id = :id);
 
 -- attempts --
-SELECT * FROM attempts WHERE request_id = :id ORDER BY attempt;
+SELECT attempts.*, requests.id AS request_id
+FROM attempts JOIN requests USING (seq)
+WHERE requests.id = :id ORDER BY attempt;
 
 -- charges --
-SELECT * FROM charges ORDER BY at, request_id;
+SELECT charges.*, requests.id AS request_id
+FROM charges JOIN requests USING (seq)
+ORDER BY at, seq;
 
 -- charges_of_owner --
-SELECT * FROM charges WHERE owner = :owner ORDER BY at, request_id;
+SELECT charges.*, requests.id AS request_id
+FROM charges JOIN requests USING (seq)
+WHERE charges.owner = :owner ORDER BY at, seq;
 
 -- ended_before --
 SELECT * FROM requests
@@ -107,7 +113,7 @@ ORDER BY ended_at, seq LIMIT :limit;
 -- run_seconds --
 SELECT run_s FROM charges
 WHERE deployment = :deployment AND run_s > 0
-ORDER BY at DESC, request_id DESC LIMIT :limit;
+ORDER BY at DESC, seq DESC LIMIT :limit;
 
 -- insert_token --
 INSERT INTO tokens (

@@ -32,6 +32,7 @@ from edif_hpc.store.lock import DirectoryLock
 from edif_hpc.store.shared import SharedStore
 
 BUSY_TIMEOUT_S: Final = 5.0
+CHECKPOINT_PAGES: Final = 8192  # 32 MiB of log between two copies into the database
 MAX_SEQ: Final = 2**63 - 1
 
 _ADVICE: Final[Mapping[int, str]] = {
@@ -67,6 +68,8 @@ class SqliteStore(SharedStore):
                 self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
                 self._writer.execute("PRAGMA synchronous = FULL")
                 self._writer.execute("PRAGMA foreign_keys = ON")
+                self._writer.execute("PRAGMA temp_store = MEMORY")  # savepoints need no files
+                self._writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
                 self._migrate(self._writer)
             self._sync_folder()
         except BaseException:

@@ -20,8 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +39,10 @@ from edif_hpc.testing.processes import Process, processes_of
 from edif_hpc.testing.raw_client import RawClient
 from edif_hpc.testing.wait import wait_until
 
+MODEL: Final = "edif/tiny-gpt2"
 START_S: Final = 60.0
 WARM_S: Final = 180.0
+DRAIN_S: Final = 30.0
 _PORTS = range(10_000, 32_000)  # below the range that outgoing connections take theirs from
 _REPOSITORY = Path(__file__).parents[2]
 _NOOP = "edif_hpc.testing.noop_worker"
@@ -123,8 +125,9 @@ class Stack:
     relay: subprocess.Popen[bytes] | None = None
     url: str = ""
     hub: str = ""
+    model_key: str = ""  #: of what was deployed last
+    allocations: list[Allocation] = field(default_factory=list)
     _exit: ExitStack = field(default_factory=ExitStack)
-    _allocations: list[Allocation] = field(default_factory=list)
     _ports: tuple[int, int] = (0, 0)
     _operator_token: str = ""
     _submitted: int = 0
@@ -153,30 +156,28 @@ class Stack:
 
     def end(self) -> list[Process]:
         """End everything; returns what had to be killed."""
-        for each in self._allocations:
-            if each.pilot is not None and each.pilot.poll() is None:
-                each.pilot.terminate()
-        for pilot in [each for each in self.processes("pilot") if each.pid not in {a.pilot.pid for a in self._allocations if a.pilot}]:
+        for pilot in self.processes("pilot"):
             pilot.kill(signal.SIGTERM)
-        try:
-            wait_until(lambda: not [each for each in self.processes() if each.kind != "relay"] or self._reap(), 20.0, "drained")
-        except TimeoutError:
-            pass  # what is left is told and killed below
+        with suppress(TimeoutError):  # what is left then is told and killed below
+            self._wait_gone({"relay", "client"})
         self.stop_relay()
         left = self.processes()
         for each in left:
             each.kill()
-        for allocation in self._allocations:
+        for allocation in self.allocations:
             if allocation.pilot is not None:
                 allocation.pilot.wait()
         self._exit.close()
         return left
 
-    def _reap(self) -> bool:
-        for each in self._allocations:
-            if each.pilot is not None:
-                each.pilot.poll()
-        return False
+    def _wait_gone(self, but: Collection[str]) -> None:
+        def gone() -> bool:
+            for each in self.allocations:
+                if each.pilot is not None:
+                    each.pilot.poll()  # reap it
+            return all(each.kind in but for each in self.processes())
+
+        wait_until(gone, DRAIN_S, "all allocations have drained")
 
     # -- the relay -----------------------------------------------------------------------------------------------------
 
@@ -218,8 +219,12 @@ class Stack:
         self.relay.send_signal(number)
         return self.wait_relay()
 
+    def relay_ended(self) -> int | None:
+        """Its exit status, if it has ended."""
+        return None if self.relay is None else self.relay.poll()
+
     def wait_relay(self, timeout_s: float = START_S) -> int:
-        """Wait until it has ended; returns its exit status."""
+        """Wait until it has ended; returns its exit status, negative for a signal."""
         if self.relay is None:
             return 0
         status = self.relay.wait(timeout_s)
@@ -250,10 +255,11 @@ class Stack:
         text: str = self.operator.post("/tokens", {"name": name, **facts})["token"]
         return text
 
-    def deploy(self, repo_id: str, *, name: str = "tiny", **facts: Any) -> str:
+    def deploy(self, repo_id: str = MODEL, *, name: str = "tiny", **facts: Any) -> str:
         """A new deployment; returns its model key."""
         self.operator.post("/deployments", {"repo_id": repo_id, "name": name, **facts})
-        return Deployment(name=name, repo_id=repo_id, revision=None, task=DEFAULT_TASK).model_key.render()
+        self.model_key = Deployment(name=name, repo_id=repo_id, revision=None, task=DEFAULT_TASK).model_key.render()
+        return self.model_key
 
     def launch(
         self, deployment: str = "tiny", *, engine: str = "real", failpoints: str = "", submitit: bool = False, slots: int | None = None
@@ -269,12 +275,24 @@ class Stack:
         """Wait until so many workers serve."""
 
         def warm() -> bool:
-            over = [each for each in self._allocations if each.over]
-            if over and len(self._allocations) == len(over):
+            over = [each for each in self.allocations if each.over]
+            if over and len(self.allocations) == len(over):
                 raise Unexpected(f"all pilots have ended; the last one said: {over[-1].log}")
             return len(self.operator.workers(deployment)) >= count
 
         wait_until(warm, timeout_s, f"{count} worker(s) of {deployment} are warm")
+
+    def drain(self) -> None:
+        """End all allocations in order, and wait until nothing of them lives."""
+        self.operator.post("/drain", {})
+        self._wait_gone({"relay", "client"})
+        for each in list(self.allocations):
+            self.bury(each)
+
+    def bury(self, allocation: Allocation) -> None:
+        """Do what a launcher does when the scheduler says that an allocation is gone."""
+        self.allocations.remove(allocation)
+        self.operator.post(f"/allocations/{allocation.id}/failed", {"cause": "gone"})
 
     def _start(self, made: Mapping[str, Any], *, engine: str, failpoints: str, submitit: bool) -> Allocation:
         facts = {name: getattr(self.engine, name) for name in self.engine.__struct_fields__}
@@ -293,7 +311,7 @@ class Stack:
         else:
             allocation.pilot = self._pilot(folder)
             job_id = str(allocation.pilot.pid)
-        self._allocations.append(allocation)
+        self.allocations.append(allocation)
         self.operator.post(f"/allocations/{allocation.id}/submitted", {"job_id": job_id})
         return allocation
 
@@ -310,9 +328,9 @@ class Stack:
         """What lives of this stack."""
         return [each for each in processes_of(self.root) if kind in (None, each.kind)]
 
-    def client(self, name: str = "ada", model_key: str = "", **facts: Any) -> RawClient:
-        """A raw client with a token of its own."""
-        return RawClient(url=self.url, token=self.token(name, **facts), model_key=model_key)
+    def client(self, name: str = "ada", **facts: Any) -> RawClient:
+        """A raw client with a token of its own, for what was deployed last."""
+        return RawClient(url=self.url, token=self.token(name, **facts), model_key=self.model_key)
 
     def client_environ(self, token: str) -> dict[str, str]:
         """The environment of an unmodified nnsight client."""

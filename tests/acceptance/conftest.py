@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.testing.client_process import ClientProcess
-from edif_hpc.testing.stack import Stack
+from edif_hpc.testing.stack import MODEL, Stack
 
-MODEL = "edif/tiny-gpt2"
 #: Leases short enough to see them expire, long enough for a machine that does other work too.
-QUICK = {"lease_s": 10.0, "heartbeat_s": 1.0, "ws_grace_s": 2.0, "poll_hold_s": 0.2}
+QUICK = {"lease_s": 10.0, "heartbeat_s": 0.5, "ws_grace_s": 2.0, "poll_hold_s": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Iterator
     """A relay and one warm worker with the real engine, launched as `edif-hpc up` does."""
     root = tmp_path_factory.mktemp("stack")
     with Stack(root=root, models={MODEL: tiny_gpt2}, settings=QUICK) as running:
-        running.deploy(MODEL)
+        running.deploy()
         running.launch(submitit=True)
         running.wait_warm()
         yield running
@@ -38,5 +37,5 @@ def client(stack: Stack) -> Iterator[ClientProcess]:
 def noop_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A relay without workers, for workers without a model."""
     with Stack(root=tmp_path_factory.mktemp("noop"), settings=QUICK) as running:
-        running.deploy(MODEL)
+        running.deploy()
         yield running

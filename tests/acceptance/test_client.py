@@ -11,10 +11,9 @@ import pytest
 from edif_hpc.testing.client_process import CellFailed, ClientProcess
 from edif_hpc.testing.proxy import Proxy
 from edif_hpc.testing.raw_client import RawClient
-from edif_hpc.testing.stack import Stack
+from edif_hpc.testing.stack import MODEL, Stack
 from edif_hpc.testing.wait import wait_until
 
-MODEL = "edif/tiny-gpt2"
 GONE_S = 2.0
 TRACE = """
 with model.trace("hello", remote=True):

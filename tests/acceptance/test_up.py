@@ -67,7 +67,7 @@ def test_a_worker_outlives_its_terminal(
     read_until(terminal, b"importing")
     end(terminal)
     assert exit_code(pid) != Exit.OK
-    relay.wait_warm("tiny-gpt2")
+    relay.wait_warm("tiny-gpt2", timeout_s=90.0)
     assert len(relay.processes("pilot")) == 1
     pid, terminal = on_a_terminal("down", "tiny-gpt2")
     read_until(terminal, b"gone")

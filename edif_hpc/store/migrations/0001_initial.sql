@@ -1,10 +1,12 @@
 -- The queue. Times are wall clock (seconds since the epoch), JSON is text, flags are 0 and 1.
 -- Bytes lie apart from the rows that change with each state, so that a state change is cheap.
+-- Rows are keyed by `seq`, the order of acceptance: what is written together lies together, and a commit touches few pages.
+-- Keyed by the random ids, each would touch a page of its own in every table.
 -- The rules of the states are written again as constraints: what slips through the code stops here.
 
 CREATE TABLE requests (
-    id            TEXT PRIMARY KEY,
-    seq           INTEGER NOT NULL UNIQUE CHECK (seq > 0),
+    seq           INTEGER PRIMARY KEY CHECK (seq > 0),
+    id            TEXT NOT NULL UNIQUE,
     owner         TEXT NOT NULL,
     deployment    TEXT NOT NULL,
     model_key     TEXT NOT NULL,
@@ -40,17 +42,17 @@ CREATE INDEX requests_retention ON requests (ended_at)
     WHERE state = 'COMPLETED' AND result_deleted_at IS NULL;
 
 CREATE TABLE blobs (
-    request_id TEXT PRIMARY KEY REFERENCES requests (id),
-    bytes      BLOB NOT NULL
+    seq   INTEGER PRIMARY KEY REFERENCES requests (seq),
+    bytes BLOB NOT NULL
 );
 
 CREATE TABLE results (
-    request_id TEXT PRIMARY KEY REFERENCES requests (id),
-    bytes      BLOB NOT NULL
+    seq   INTEGER PRIMARY KEY REFERENCES requests (seq),
+    bytes BLOB NOT NULL
 );
 
 CREATE TABLE attempts (
-    request_id TEXT NOT NULL REFERENCES requests (id),
+    seq        INTEGER NOT NULL REFERENCES requests (seq),
     attempt    INTEGER NOT NULL CHECK (attempt > 0),
     holder     TEXT NOT NULL,
     granted_at REAL NOT NULL,
@@ -58,13 +60,13 @@ CREATE TABLE attempts (
     ended_at   REAL,
     ended_by   TEXT,
     evidence   TEXT NOT NULL,
-    PRIMARY KEY (request_id, attempt),
+    PRIMARY KEY (seq, attempt),
     CHECK ((ended_at IS NULL) = (ended_by IS NULL))
-);
-CREATE UNIQUE INDEX attempts_one_live ON attempts (request_id) WHERE ended_at IS NULL;
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX attempts_one_live ON attempts (seq) WHERE ended_at IS NULL;
 
 CREATE TABLE charges (
-    request_id TEXT PRIMARY KEY REFERENCES requests (id),
+    seq        INTEGER PRIMARY KEY REFERENCES requests (seq),
     owner      TEXT NOT NULL,
     deployment TEXT NOT NULL,
     run_s      REAL NOT NULL CHECK (run_s >= 0),

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any, NoReturn
 
 import numpy as np
@@ -129,7 +128,6 @@ def _answer(
     house: House, run: Run, fds: Sequence[int], send: Callable[[Message], None]
 ) -> Done | Broken:
     """Run a request to its end; LOG lines and the progress of the result go out by `send`."""
-    began = monotonic()
     meta: dict[str, Plain] = {
         "seed": _reseed(),
         "model_key": run.model_key,
@@ -151,7 +149,6 @@ def _answer(
     failure = _attempt(house, run, fds, store, meta)
     for console in house.consoles:
         console.finish()
-    meta["runtime_s"] = round(monotonic() - began, 6)
     meta["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if failure is None:
         return Done(inline=store.inline, size=store.size, meta=meta)

@@ -2,7 +2,8 @@
 
 The zygote is a program of its own, not a fork: it gets an environment written out here, one descriptor,
 and nothing else of the worker, which holds keys. What it writes to its standard error is kept in part,
-because that is where the reason lies when it cannot even speak the protocol.
+because that is where the reason lies when it cannot even speak the protocol. A model that lies at a hub
+is fetched first, by another program that alone has the network and the hub's token.
 """
 
 from __future__ import annotations
@@ -14,57 +15,65 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process, create_subprocess_exec
 from collections import deque
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edif_hpc.errors import EngineError, IsolationTooWeak
-from edif_hpc.worker.engine.messages import FROM_ZYGOTE, Load, Loaded, Loading, Refused
+from edif_hpc.worker.engine.messages import (
+    FROM_FETCH,
+    FROM_ZYGOTE,
+    Fetched,
+    Load,
+    Loaded,
+    Loading,
+    Refused,
+)
 from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, AsyncChannel, PeerClosed
 from edif_hpc.worker.engine.values import EngineInfo, EngineSpec, Isolation, Level, Progress
 
 STDERR_LINES = 40
 
+OnProgress = Callable[[Progress], None]
+Expected = TypeVar("Expected", Fetched, Loaded)
 
-class ZygoteProcess:
-    """The running zygote and the channel to it."""
 
-    def __init__(self, process: Process, control: AsyncChannel) -> None:
+class Program:
+    """One of the engine's programs, running, and the channel to it."""
+
+    def __init__(self, name: str, process: Process, channel: AsyncChannel) -> None:
+        self._name = name
         self.process = process
-        self.control = control
+        self.channel = channel
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
 
     @classmethod
-    async def launch(cls, spec: EngineSpec) -> ZygoteProcess:
-        """Start it and tell it what to load."""
-        _empty(spec.scratch)
+    async def start(
+        cls, name: str, arguments: Sequence[str], environment: dict[str, str], folder: Path
+    ) -> Program:
+        """Execute the module `name` of this package; its first argument is its control socket."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
-                "edif_hpc.worker.engine.zygote",
+                f"{__package__}.{name}",
                 str(theirs.fileno()),
-                str(os.getpid()),
+                *arguments,
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=PIPE,
-                env=_environment(spec),
-                cwd=spec.scratch,
+                env=environment,
+                cwd=folder,
                 pass_fds=[theirs.fileno()],
             )
-        control = AsyncChannel(
-            ours, accepts=FROM_ZYGOTE, receive_limit=FROM_ZYGOTE_BYTES, max_fds=1
-        )
-        told = {field.name: getattr(spec, field.name) for field in fields(Load)}
-        as_text = {name: str(told[name]) for name in ("scratch", "ceiling", "floor")}
-        await control.send(Load(**told | as_text))
-        return cls(process, control)
+        accepts = FROM_ZYGOTE if name == "zygote" else FROM_FETCH
+        channel = AsyncChannel(ours, accepts=accepts, receive_limit=FROM_ZYGOTE_BYTES, max_fds=1)
+        return cls(name, process, channel)
 
-    async def loaded(self, on_progress: Callable[[Progress], None]) -> Loaded:
-        """Wait until it has loaded.
+    async def expect(self, kind: type[Expected], on_progress: OnProgress) -> Expected:
+        """Pass on what it says about loading until it says `kind`; return that.
 
         Raises:
             IsolationTooWeak: it cannot confine executors as much as it has to.
@@ -72,19 +81,19 @@ class ZygoteProcess:
         """
         while True:
             try:
-                message, _ = await self.control.receive()
+                message, _ = await self.channel.receive()
             except PeerClosed as error:
                 raise EngineError(await self.ended()) from error
             match message:
                 case Loading(stage=stage, done=done, total=total):
                     on_progress(Progress(stage=stage, done=done, total=total))
-                case Loaded():
-                    return message
                 case Refused(code=code, message=text):
                     weak = code == IsolationTooWeak.code
                     raise (IsolationTooWeak if weak else EngineError)(text)
+                case _ if isinstance(message, kind):
+                    return message
                 case _:
-                    raise EngineError(f"the zygote says {type(message).__name__} while loading")
+                    raise EngineError(f"the {self._name} says {type(message).__name__}")
 
     async def follow_stderr(self) -> None:
         """Keep the last lines of its standard error until it ends."""
@@ -98,41 +107,52 @@ class ZygoteProcess:
         """Wait until it has ended, and tell how."""
         status = await self.process.wait()
         cause = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return f"the zygote ended by {cause}; its last lines: {' | '.join(self._stderr) or 'none'}"
+        lines = " | ".join(self._stderr) or "none"
+        return f"the {self._name} ended by {cause}; its last lines: {lines}"
 
     def kill(self) -> None:
-        """End it, and with it all executors."""
+        """End it, and with it all that it started."""
         if self.process.returncode is None:
             self.process.kill()
 
 
-def _environment(spec: EngineSpec) -> dict[str, str]:
-    """Return the whole environment of the zygote; nothing of the worker's is inherited."""
-    environment = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "HOME": str(spec.scratch),
-        "TMPDIR": str(spec.scratch),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        # One thread before the fork, in every library that would make a pool.
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+async def fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
+    """Have the model's files on this machine; return where, and of which commit."""
     optional = {
         "HF_ENDPOINT": spec.hub_endpoint,
         "HF_HUB_CACHE": spec.hub_cache and str(spec.hub_cache),
         "HF_TOKEN": spec.hub_token,
     }
-    return environment | {name: value for name, value in optional.items() if value}
+    environment = _environment(spec) | {k: v for k, v in optional.items() if v}
+    arguments = [spec.source] if spec.revision is None else [spec.source, spec.revision]
+    program = await Program.start("fetch", arguments, environment, spec.scratch)
+    try:
+        return await program.expect(Fetched, on_progress)
+    finally:
+        program.kill()
+        await program.process.wait()
+        program.channel.close()
 
 
-def _empty(folder: Path) -> None:
+async def launched(spec: EngineSpec, source: Fetched) -> Program:
+    """Start the zygote and tell it what to load."""
+    program = await Program.start("zygote", [str(os.getpid())], _environment(spec), spec.scratch)
+    load = Load(
+        model_key=spec.model_key,
+        folder=source.folder,
+        commit=source.commit,
+        dtype=spec.dtype,
+        device=spec.device,
+        threads=spec.threads,
+        scratch=str(spec.scratch),
+        ceiling=str(spec.ceiling),
+        floor=str(spec.floor),
+    )
+    await program.channel.send(load)
+    return program
+
+
+def emptied(folder: Path) -> None:
     """Make the folder, and remove what an engine before left in it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in folder.iterdir():
@@ -160,3 +180,23 @@ def described(loaded: Loaded) -> EngineInfo:
         return EngineInfo(**told, persistent=persistent, isolation=isolation)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the zygote describes the model incompletely: {error!r}") from error
+
+
+def _environment(spec: EngineSpec) -> dict[str, str]:
+    """Return a whole environment; nothing of the worker's is inherited."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": str(spec.scratch),
+        "TMPDIR": str(spec.scratch),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # One thread before the fork, in every library that would make a pool.
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }

@@ -1,6 +1,6 @@
 """The messages between worker, zygote and executors, each with exactly typed fields.
 
-Who says what: the worker sends `Load` and `Fork` to the zygote, `Run` to an executor; the zygote
+Who says what: fetch says `Loading` and `Fetched`; the worker sends `Load` and `Fork` to the zygote, `Run` to an executor; the zygote
 answers with `Loading`, then `Loaded` or `Refused`, then `Forked` and `Exited` as executors come and
 go; an executor says `Ready`, any number of `Log` and `Written`, and ends with `Done` or `Broken`.
 
@@ -17,11 +17,11 @@ from edif_hpc.worker.engine.values import Plain
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Worker to zygote, once: what to load. The fields are those of `EngineSpec`."""
+    """Worker to zygote, once: what to load, from a folder on this machine."""
 
     model_key: str
-    source: str
-    revision: str | None
+    folder: str
+    commit: str | None
     dtype: str
     device: str
     threads: int
@@ -53,6 +53,14 @@ class Refused:
 
     code: str
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """Fetch to worker, once: the files are here, and of which commit they are."""
+
+    folder: str
+    commit: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +142,11 @@ class Broken:
 
 
 Message = (
-    Load | Loading | Loaded | Refused | Fork | Forked | Exited | Ready | Run | Log | Written
+    Load | Loading | Loaded | Refused | Fetched | Fork | Forked | Exited | Ready | Run | Log | Written
     | Done | Broken
 )  # fmt: skip
 FROM_ZYGOTE = (Loading, Loaded, Refused, Forked, Exited)
+FROM_FETCH = (Loading, Fetched, Refused)
 FROM_EXECUTOR = (Ready, Log, Written, Done, Broken)
 TO_ZYGOTE = (Load, Fork)
 TO_EXECUTOR = (Run,)

@@ -16,13 +16,14 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edif_hpc.errors import EngineError, RemoteProtocolError
 from edif_hpc.worker.engine import evidence
-from edif_hpc.worker.engine.launch import ZygoteProcess, described
-from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Message, Refused
+from edif_hpc.worker.engine.launch import Program, described, emptied, fetched, launched
+from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Loaded, Message, Refused
 from edif_hpc.worker.engine.protocol import PeerClosed
 from edif_hpc.worker.engine.seat import Seat
 from edif_hpc.worker.engine.values import (
@@ -33,7 +34,9 @@ from edif_hpc.worker.engine.values import (
     Job,
     Limits,
     Outcome,
+    Plain,
     Progress,
+    Saved,
 )
 
 #: How long a killed process may take to be reaped before the engine counts as broken.
@@ -53,7 +56,7 @@ class Engine:
         self.spec = spec
         #: Why the engine is dead, once it is. Made by `start`, which knows the loop.
         self.died: asyncio.Future[str]
-        self._zygote: ZygoteProcess
+        self._zygote: Program
         self._numbers = itertools.count(1)
         self._seats: dict[int, Seat] = {}
         self._ready: deque[Seat] = deque()
@@ -73,24 +76,30 @@ class Engine:
             EngineError: anything else went wrong; the message says what was seen.
         """
         self.died = asyncio.get_running_loop().create_future()
-        self._zygote = await ZygoteProcess.launch(self.spec)
-        self._spawn(self._zygote.follow_stderr(), "engine-stderr")
+        emptied(self.spec.scratch)
         try:
             async with asyncio.timeout(self.spec.load_timeout_s):
-                loaded = await self._zygote.loaded(on_progress)
-                self._spawn(self._listen(), "engine-control")
-                self._refill()
-                on_progress(Progress(stage="self-test"))
-                await self._self_test(loaded.selftest)
-                return described(loaded)
+                source = await fetched(self.spec, on_progress)
+                self._zygote = await launched(self.spec, source)
+                return await self._loaded(on_progress)
         except TimeoutError as error:
-            await self.stop()
             raise EngineError(
                 f"the engine is not up after {self.spec.load_timeout_s} s"
             ) from error
+
+    async def _loaded(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
+        self._spawn(self._zygote.follow_stderr(), "engine-stderr")
+        try:
+            loaded = await self._zygote.expect(Loaded, on_progress)
+            info = described(loaded)
+            self._spawn(self._listen(), "engine-control")
+            self._refill()
+            on_progress(Progress(stage="self-test"))
+            await self._self_test(loaded.selftest)
         except BaseException:
             await self.stop()
             raise
+        return info
 
     async def stop(self) -> None:
         """End every process and wait until they are gone."""
@@ -100,7 +109,7 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._zygote.control.close()
+        self._zygote.channel.close()
         for seat in self._seats.values():
             seat.clear()
         self._seats.clear()
@@ -120,9 +129,31 @@ class Engine:
         seat = await self._take()
         if seat is None:
             return self._engine_failure()
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            outcome = await self._ended(seat, job, on_log, on_written)
+        finally:
+            seat.kill()
+            self._refill()
+        # Measured here: what the executor says of its own time need not be so.
+        return replace(outcome, meta=outcome.meta | {"runtime_s": round(clock() - began, 6)})
+
+    async def _ended(
+        self,
+        seat: Seat,
+        job: Job,
+        on_log: Callable[[str], None],
+        on_written: Callable[[Path, int], None],
+    ) -> Outcome:
+        """Run the job to one of its ends."""
         try:
             async with asyncio.timeout(job.limits.wall_s):
-                return await seat.run(job, on_log, on_written)
+                outcome = await seat.run(job, on_log, on_written)
+            if isinstance(outcome, Saved) and outcome.file is not None:
+                seat.kill()  # nobody writes to the file from here on
+                await self._reaped(seat)
+                seat.confirm(outcome)
         except TimeoutError:
             text = f"the request was stopped after {job.limits.wall_s:g} s, its limit of wall time"
             return await self._failed(seat, FailureKind.TIMEOUT, text)
@@ -135,9 +166,7 @@ class Engine:
             seat.kill()
             await asyncio.shield(self._reaped(seat))
             raise
-        finally:
-            seat.kill()
-            self._refill()
+        return outcome
 
     # -- executors -----------------------------------------------------------
 
@@ -185,7 +214,7 @@ class Engine:
         try:
             async with asyncio.timeout(self.spec.ready_timeout_s):
                 order = Fork(executor=seat.number)
-                await self._zygote.control.send(order, [seat.theirs.fileno(), seat.result_fd])
+                await self._zygote.channel.send(order, [seat.theirs.fileno(), seat.result_fd])
                 seat.handed_over()
                 await seat.ready()
         except (PeerClosed, RemoteProtocolError, TimeoutError) as error:
@@ -230,7 +259,8 @@ class Engine:
             return self._engine_failure()
         before, self._oom_kills = self._oom_kills, evidence.oom_kills()
         kind, text = evidence.judge(exited, limits, out_of_memory=self._oom_kills > before)
-        return Failed(kind=kind, message=text, meta={"peak_rss_bytes": exited.peak_rss_bytes})
+        meta: dict[str, Plain] = {"killed": True, "peak_rss_bytes": exited.peak_rss_bytes}
+        return Failed(kind=kind, message=text, meta=meta)
 
     # -- zygote --------------------------------------------------------------
 
@@ -238,7 +268,7 @@ class Engine:
         """Follow what the zygote says about executors, until it is gone."""
         try:
             while True:
-                message, fds = await self._zygote.control.receive()
+                message, fds = await self._zygote.channel.receive()
                 self._heard(message, fds)
         except PeerClosed:
             self._die(await self._zygote.ended())

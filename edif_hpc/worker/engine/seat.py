@@ -122,6 +122,7 @@ class Seat:
                     on_log(text)
                     await asyncio.sleep(0)  # many lines at once must not hold up the loop
                 case Written(size=size):
+                    self._check(size, job.limits)
                     on_written(self.result, size)
                     await asyncio.sleep(0)
                 case Done():
@@ -157,15 +158,28 @@ class Seat:
     def _saved(self, done: Done, limits: Limits) -> Saved:
         """Check what the executor claims against what is there."""
         if done.inline is not None:
-            found = len(done.inline)
-        else:
-            found = self.result.stat().st_size
-            self._keep_result = True
-        if found != done.size or found > limits.result_bytes:
-            self._keep_result = False
-            raise RemoteProtocolError(f"a result of {found} bytes announced as {done.size}")
-        file = None if done.inline is not None else self.result
-        return Saved(inline=done.inline, file=file, size=found, meta=done.meta)
+            if len(done.inline) != done.size:
+                raise RemoteProtocolError(f"{len(done.inline)} bytes announced as {done.size}")
+            return Saved(inline=done.inline, file=None, size=done.size, meta=done.meta)
+        self._check(done.size, limits)
+        self._keep_result = True
+        return Saved(inline=None, file=self.result, size=done.size, meta=done.meta)
+
+    def _check(self, size: int, limits: Limits) -> None:
+        found = self.result.stat().st_size
+        if not size <= found <= limits.result_bytes:
+            raise RemoteProtocolError(f"{size} bytes announced in a file of {found}")
+
+    def confirm(self, saved: Saved) -> None:
+        """Look once more at the result's file, now that the executor cannot change it.
+
+        Raises:
+            RemoteProtocolError: it is not as large as announced; the file is removed.
+        """
+        found = self.result.stat().st_size
+        if found != saved.size:
+            self.result.unlink()
+            raise RemoteProtocolError(f"{saved.size} bytes announced in a file of {found}")
 
     def clear(self) -> None:
         """Remove what is left of an executor that was reaped."""

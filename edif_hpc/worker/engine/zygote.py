@@ -22,7 +22,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from edif_hpc.errors import EdifError, EngineError
+from edif_hpc.errors import EdifError, EngineError, SettingsError
 from edif_hpc.worker.engine import jail as jails
 from edif_hpc.worker.engine.console import Console
 from edif_hpc.worker.engine.messages import (
@@ -78,6 +78,8 @@ def _load(channel: Channel) -> Load:
 def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Loaded]:
     """Go from a bare interpreter to a loaded model that is cheap and safe to fork."""
     began = monotonic()
+    if load.device != "cpu":
+        raise SettingsError(f"device {load.device!r} is not served by this engine; only 'cpu' is")
     scratch = Path(load.scratch)
     jails.follow(os.pidfd_open(worker_pid))
     layers, missing = jails.probe(scratch, ceiling=Level(load.ceiling), floor=Level(load.floor))
@@ -89,15 +91,13 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     from edif_hpc.worker.engine.executor import House  # noqa: PLC0415
 
     loading.be_one_thread()
-    report("fetching", 0, 0)
-    source = loading.fetch(load, report)
     report("loading", 0, 0)
-    model = loading.load_model(load, source)
+    model = loading.load_model(load)
     holder: weights.Holder = weights.MemoryFile()
     size = holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
     blob = selftest.capture(model)
-    info = loading.describe(model, source)
-    jail.shut(scratch, source.readable)
+    info = loading.describe(model, load)
+    jail.shut(scratch, loading.readable(load))
     sys.stdout, sys.stderr = consoles
     tempfile.tempdir = os.curdir
     house = House(

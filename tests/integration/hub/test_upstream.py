@@ -52,6 +52,7 @@ class Server:
                 Route("/api/models/org/gated", self.gated),
                 Route("/org/gated/resolve/main/config.json", self.gated),
                 Route("/bytes", self.bytes),
+                Route("/{rest:path}", self.nothing),
             ]
         )
 
@@ -97,6 +98,10 @@ class Server:
         self.note(http)
         headers = {"x-error-code": "GatedRepo", "x-error-message": "ask for access"}
         return JSONResponse({"error": "gated"}, 401, headers)
+
+    async def nothing(self, http: Request) -> Response:
+        self.note(http)
+        return Response(status_code=404)
 
     async def bytes(self, http: Request) -> Response:
         self.note(http)

@@ -18,7 +18,7 @@ from tests.integration.worker.test_fidelity import trace
 
 @pytest.fixture
 def hub_spec(loopback_hub: str, tmp_path: Path) -> EngineSpec:
-    local = spec(tmp_path, tmp_path / "engine")
+    local = spec(Path("unused"), tmp_path / "engine")
     return replace(
         local, source="edif/tiny-gpt2", hub_endpoint=loopback_hub, hub_cache=tmp_path / "cache"
     )
@@ -34,7 +34,7 @@ async def test_a_model_from_a_hub(hub_spec: EngineSpec, gpt2: Any) -> None:
         assert info.packages["nnsight"].startswith("0.8")
         assert info.weights_bytes > 100_000
         stages = list(dict.fromkeys(progress.stage for progress in seen))
-        assert stages == ["importing", "fetching", "loading", "placing", "self-test"]
+        assert stages == ["fetching", "importing", "loading", "placing", "self-test"]
         fetched = [progress for progress in seen if progress.stage == "fetching"]
         assert fetched[-1].done > info.weights_bytes
         reply = await Service(engine=engine, info=info, model=gpt2).send(trace)

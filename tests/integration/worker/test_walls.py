@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import nnsight
 import pytest
 
 from edif_hpc.worker.engine.values import FailureKind, Level
-from tests.integration.worker.conftest import Service
+from tests.integration.worker.conftest import KEY, Service, serving
 from tests.integration.worker.test_fidelity import trace
 
 
@@ -206,3 +210,64 @@ async def test_hostile_frames_end_their_executor_only(service: Service, name: st
     assert failed.kind is FailureKind.CRASH
     assert "protocol" in failed.message
     assert (await service.send(trace)).saved
+
+
+async def test_the_hubs_token_reaches_no_executor(
+    gpt2: Any, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    """Neither its environment nor any of its memory holds it."""
+    halves = ("hf_secret", "token_of_the_lab")
+
+    def searching(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import re
+            from pathlib import Path
+
+            needle = "".join(halves).encode()
+            found = nnsight.save([])
+            with open("/proc/self/mem", "rb", buffering=0) as memory:
+                for line in Path("/proc/self/maps").read_text().splitlines():
+                    span, mode, _, _, inode = line.split()[:5]
+                    start, end = (int(part, 16) for part in span.split("-"))
+                    if mode.startswith("rw") and inode == "0" and "[v" not in line:
+                        memory.seek(start)
+                        content = memory.read(end - start)
+                        # Our own needle is there; its neighbour in the environment is not.
+                        found += [m.start() for m in re.finditer(b"HF_TOKEN=" + needle, content)]
+            environment = nnsight.save(Path("/proc/self/environ").read_bytes())
+
+    async with serving(gpt2, tiny_gpt2, tmp_path / "engine", hub_token="".join(halves)) as service:
+        values = (await service.send(searching)).values
+        assert b"hf_secret" not in values["environment"]
+        assert values["found"] == []
+
+
+async def test_an_ordinary_user_is_walled_in_too(
+    ordinary_user: list[str], tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    script = """
+import asyncio, sys, tempfile
+from pathlib import Path
+from edif_hpc.worker.engine.pool import Engine
+from edif_hpc.worker.engine.values import EngineSpec, Level
+
+async def main(key, source):
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = Engine(EngineSpec(model_key=key, source=source, scratch=Path(scratch), floor=Level.PROCESS))
+        print((await engine.start()).isolation.level)
+        await engine.stop()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+    with tempfile.TemporaryDirectory() as public:
+        Path(public).chmod(0o755)
+        model = shutil.copytree(tiny_gpt2, Path(public) / "model")
+        ended = subprocess.run(  # noqa: ASYNC221
+            [*ordinary_user, sys.executable, "-c", script, KEY, str(model)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[3],
+            check=False,
+            timeout=120,
+        )
+    assert ended.stdout.strip() in {Level.FULL, Level.NO_NAMESPACES}, ended.stderr

@@ -120,6 +120,7 @@ def test_a_folder_without_a_configuration_is_no_model(tmp_path: Path) -> None:
         ("model.safetensors.index.json", Kind.WEIGHTS),
         ("modeling_own.py", Kind.CODE),
         ("sub/config.json", None),
+        ("sub/own.py", None),
         ("../config.json", None),
         ("additional_chat_templates/../a.jinja", None),
         ("/config.json", None),

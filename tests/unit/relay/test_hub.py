@@ -286,8 +286,9 @@ def test_an_unknown_name_lists_what_is_here(
     assert answer.json()["detail"].endswith("Here is: org/model, org/published")
 
 
-def test_an_unprintable_name_is_answered(client: TestClient) -> None:
-    answer = client.get("api/models/org/%0aX-Evil%3a%201%e2%82%ac")
+@pytest.mark.parametrize("name", ["org/%e2%82%ac", "org/%0aX-Evil%3a%201", "org/%0d", "%00"])
+def test_an_unprintable_name_is_answered(client: TestClient, name: str) -> None:
+    answer = client.get(f"api/models/{name}")
     assert answer.status_code == 404
     assert "x-evil" not in answer.headers
 

@@ -206,21 +206,21 @@ def test_listings_use_their_index(
         "UPDATE requests SET state = 'ERROR', ended_at = 1.0",
         "UPDATE requests SET holder = 'w1'",
         "UPDATE requests SET crashes = 1",
-        "INSERT INTO attempts VALUES ('r1', 1, 'w2', 1.0, NULL, NULL, NULL, '{}')",
-        "INSERT INTO attempts VALUES ('r1', 2, 'w2', 1.0, NULL, NULL, NULL, '{}')",
-        "INSERT INTO attempts VALUES ('none', 1, 'w2', 1.0, NULL, NULL, NULL, '{}')",
-        "INSERT INTO charges VALUES ('r2', 'ada', 'tiny', 1.0, 1.0, 1.0)",
-        "INSERT INTO charges VALUES ('r1', 'ada', 'tiny', -1.0, 1.0, 1.0)",
-        "INSERT INTO results VALUES ('r2', 'other')",
+        "INSERT INTO attempts VALUES (1, 1, 'w2', 1.0, NULL, NULL, NULL, '{}')",
+        "INSERT INTO attempts VALUES (1, 2, 'w2', 1.0, NULL, NULL, NULL, '{}')",
+        "INSERT INTO attempts VALUES (99, 1, 'w2', 1.0, NULL, NULL, NULL, '{}')",
+        "INSERT INTO charges VALUES (2, 'ada', 'tiny', 1.0, 1.0, 1.0)",
+        "INSERT INTO charges VALUES (1, 'ada', 'tiny', -1.0, 1.0, 1.0)",
+        "INSERT INTO results VALUES (2, 'other')",
         "INSERT INTO peers VALUES ('k', 'worker', 'none', 'tiny', 0, 1, 1.0, NULL)",
     ],
 )
 def test_the_schema_forbids_what_the_rules_forbid(store: SqliteStore, statement: str) -> None:
     accept(store, "r1", "r2")
     writer = store._open_writer()
-    writer.execute("INSERT INTO attempts VALUES ('r1', 1, 'w1', 1.0, NULL, NULL, NULL, '{}')")
-    writer.execute("INSERT INTO charges VALUES ('r2', 'ada', 'tiny', 1.0, 1.0, 1.0)")
-    writer.execute("INSERT INTO results VALUES ('r2', 'bytes')")
+    writer.execute("INSERT INTO attempts VALUES (1, 1, 'w1', 1.0, NULL, NULL, NULL, '{}')")
+    writer.execute("INSERT INTO charges VALUES (2, 'ada', 'tiny', 1.0, 1.0, 1.0)")
+    writer.execute("INSERT INTO results VALUES (2, 'bytes')")
     with pytest.raises(TransitionRefused, match="schema of the store forbids"):
         store._execute(writer, statement)
 
