@@ -34,7 +34,7 @@ def hub() -> None:
 @json_option
 @pass_context
 def publish(
-    ctx: Context, *, name: str, folder: Path, as_json: bool, task: str | None, **given: bool
+    ctx: Context, /, *, name: str, folder: Path, as_json: bool, task: str | None, **given: bool
 ) -> None:
     """Publish FOLDER's configuration and tokenizer as ORG/NAME.
 

@@ -28,6 +28,9 @@ from edif_hpc.errors import InvalidInput, NotFound, StoreUnavailable
 from edif_hpc.objects.base import LINK_S, PART_BYTES, Upload, UploadedPart, check_key
 from edif_hpc.objects.signing import Signer
 
+#: A request's blob up to this size lies in its row; a larger one is a file here.
+INLINE_BLOB_BYTES = 64 << 10
+
 _T = TypeVar("_T")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

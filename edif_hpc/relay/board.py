@@ -16,7 +16,7 @@ from edif_hpc.domain.dispatch import FairQueue, Waiting
 from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import Request, RequestState
 from edif_hpc.objects.base import ObjectStore, Upload
-from edif_hpc.objects.directory import BlobFolder
+from edif_hpc.objects.directory import INLINE_BLOB_BYTES, BlobFolder
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.sessions import Session, Update
 from edif_hpc.relay.telling import Telling
@@ -141,7 +141,8 @@ class Board:
         if session is not None:
             session.requests.discard(request.id)
             session.push(await self._telling.ended(request, session.base_url, inline=inline))
-        await asyncio.to_thread(self._blobs.delete, request.id)
+        if request.blob_bytes > INLINE_BLOB_BYTES:
+            await asyncio.to_thread(self._blobs.delete, request.id)
         kept = request.result.key if request.result is not None else None
         if entry.upload is not None and entry.upload.key != kept:
             await self._objects.abort(entry.upload)

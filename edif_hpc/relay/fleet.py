@@ -17,7 +17,7 @@ from edif_hpc.domain.deployment import Deployment, ModelKey, check_name, find_de
 from edif_hpc.domain.estimate import RunTimes
 from edif_hpc.domain.people import secret_hash
 from edif_hpc.domain.request import Provision
-from edif_hpc.errors import Conflict, NotFound
+from edif_hpc.errors import Conflict, NotFound, StoreUnavailable
 from edif_hpc.relay import reports
 from edif_hpc.relay.seats import Holding, Worker
 from edif_hpc.store.base import Store
@@ -258,9 +258,15 @@ class Fleet:
             return
         if known.state is not state and state not in TRANSITIONS[known.state]:
             return
-        self._allocations[allocation_id] = replace(known, state=state, detail=detail)
-        if known.state is not state:
+        noted = self._allocations[allocation_id] = replace(known, state=state, detail=detail)
+        if known.state is state:
+            return
+        try:
             await self._change(allocation_id, state=state, detail=detail)
+        except StoreUnavailable:
+            if self._allocations.get(allocation_id) is noted:
+                self._allocations[allocation_id] = known  # its worker's next heartbeat tries again
+            raise
 
     async def drain(self, deployment: str | None, allocation: str | None) -> int:
         """Drain the workers of a deployment or of one allocation; allocations that never started are ended."""
@@ -368,8 +374,9 @@ class Fleet:
         changed = await self._writer.submit(
             lambda store: store.change_allocation(allocation_id, now, **facts)
         )
-        if allocation_id in self._allocations:
-            self._allocations[allocation_id] = changed
+        known = self._allocations.get(allocation_id)
+        if known is not None and facts.get("state", known.state) is known.state:
+            self._allocations[allocation_id] = changed  # unless it is a step further by now
 
     def _carried_out(self) -> Orders:
         if self._orders is None:

@@ -74,7 +74,7 @@ class Upstream:
 
     def _target(self, http: HttpRequest) -> str:
         """The address of the same thing at the Hub, spelled as the caller spelled it."""
-        raw = http.scope["raw_path"].decode("ascii").partition("?")[0]
+        raw = http.scope["raw_path"].decode("ascii", "replace").partition("?")[0]
         path = raw[raw.index(self._prefix) + len(self._prefix) :]
         if any(part in {".", ".."} for part in re.split(r"[/\\]", unquote(path))):
             raise NotFound(f"the path {path[:200]!r} leads elsewhere")

@@ -103,7 +103,8 @@ class Leasing:
         request, key, now = entry.request, worker.peer.key, self._clock.wall()
         attempt = request.attempt + 1
         entry.busy = True
-        worker.leases[request.id] = Holding(attempt=attempt, granted_at=self._clock.monotonic())
+        holding = Holding(attempt=attempt, granted_at=self._clock.monotonic())
+        worker.leases[request.id] = holding
 
         def failed(error: BaseException) -> None:
             entry.busy = False
@@ -119,6 +120,7 @@ class Leasing:
             entry.busy = False
             entry.request = grant.request
             self._leases.open(request.id, self._clock.monotonic())
+            self._fleet.hold(key, request.id, holding)  # it may have greeted anew meanwhile
             self._failpoints.hit("relay.send.grant.before")
             sent = self._outbox is not None and self._outbox.grant(worker, grant, ahead=ahead)
             self._failpoints.hit("relay.send.grant.after")
@@ -177,10 +179,6 @@ class Leasing:
             worker.leases[claim.request] = holding
             if claim.started:
                 self.started(worker, claim.request, claim.attempt)
-        for request_id, holding in old.leases.items() if old is not None else ():
-            waiting = self._board.open.get(request_id)
-            if waiting is not None and waiting.busy and waiting.request.holder is None:
-                worker.leases[request_id] = holding  # its grant is being committed
         return kept
 
     def started(self, worker: Worker, request_id: str, attempt: int) -> None:
@@ -287,7 +285,8 @@ class Leasing:
 
         def failed(error: BaseException) -> None:
             entry.busy = False
-            self._leases.open(request.id, self._clock.monotonic())  # tried again when it expires
+            if self._board.open.get(request.id) is entry:
+                self._leases.open(request.id, self._clock.monotonic())  # tried again at its expiry
             _log.error(
                 "a lease was not released",
                 extra={"event": "release_failed", "request": request.id, "reason": str(error)},

@@ -23,9 +23,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from edif_hpc.errors import InvalidInput, TooLarge
-from edif_hpc.objects.directory import BlobFolder, disk_error
+from edif_hpc.objects.directory import INLINE_BLOB_BYTES, BlobFolder, disk_error
 
-INLINE_BYTES = 64 << 10
 ENVELOPE_BYTES = 64 << 10
 PIECE_BYTES = 1 << 20
 _FRAMING_BYTES = 16 << 10  # boundaries and part headers around envelope and blob
@@ -102,7 +101,7 @@ class _Spool:
 
     async def finish(self) -> tuple[bytes | Path, str]:
         """The blob and its hash."""
-        if self.size_bytes <= INLINE_BYTES:
+        if self.size_bytes <= INLINE_BLOB_BYTES:
             self._hash.update(self._pending)
             return bytes(self._pending), self._hash.hexdigest()
         path = await self._write(last=True)

@@ -17,7 +17,12 @@ from typing import Any, Protocol
 from edif_hpc.clock import Clock
 from edif_hpc.domain.allocation import AllocationState, Peer, PeerRole
 from edif_hpc.domain.lease import LeaseEnd
-from edif_hpc.errors import LocalProtocolError, NotFound, RemoteProtocolError
+from edif_hpc.errors import (
+    LocalProtocolError,
+    NotFound,
+    RemoteProtocolError,
+    StoreUnavailable,
+)
 from edif_hpc.objects.base import PART_BYTES
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.fleet import Fleet
@@ -238,6 +243,7 @@ class WorkerGateway:
     def _renew(self, link: _Link, worker: Worker, message: m.Renew) -> None:
         for stale in self._leasing.renewed(worker, message.held):
             self._send(link.route, m.Abandon(request=stale.request, attempt=stale.attempt))
+        self._note(worker)
         self._send(link.route, m.Beat())
 
     def _need(self, link: _Link, worker: Worker, message: m.Need) -> None:
@@ -272,7 +278,20 @@ class WorkerGateway:
     def _note(self, worker: Worker) -> None:
         state = _WORKER_STATES.get(worker.state)
         if state is not None:
-            self._board.background(self._fleet.note(worker.peer.allocation, state, worker.detail))
+            self._board.background(self._record(worker, state))
+
+    async def _record(self, worker: Worker, state: AllocationState) -> None:
+        try:
+            await self._fleet.note(worker.peer.allocation, state, worker.detail)
+        except StoreUnavailable as error:
+            _log.error(
+                "a worker's state was not recorded",
+                extra={
+                    "event": "note_failed",
+                    "worker": worker.peer.key[:8],
+                    "reason": str(error),
+                },
+            )
 
     # -- to the socket -------------------------------------------------------------------------------------------------
 
@@ -295,11 +314,18 @@ class WorkerGateway:
         return self.tell(worker.peer.key, message)
 
     def tell(self, key: str, message: m.FromRelay) -> bool:
-        """Send a message to a peer; False if it cannot be reached."""
+        """Send a message to a peer; False if it cannot be reached.
+
+        Then its connection is gone, and it serves no more until it says Hello again.
+        """
         link = self._links.get(key)
         if link is None or link.session.turn is not Turn.OPEN:
             return False
-        return self._send(link.route, message)
+        if self._send(link.route, message):
+            return True
+        self._forget(key)
+        _log.info("a peer is gone", extra={"event": "peer_unreachable", "peer": key[:8]})
+        return False
 
     def drain_worker(self, key: str, reason: str) -> None:
         """Tell a worker to take no more leases and leave."""

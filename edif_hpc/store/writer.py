@@ -113,6 +113,9 @@ class Writer:
     def submit(self, op: Op[T], *, lazy: bool = False) -> asyncio.Future[T]:
         """Run `op` in the next group; the future has its answer after the commit."""
         job = self._job(op)
+        if self._refusal is not None:
+            _all_fail([job], self._refusal)[0].tell()
+            return job.future
         self._waiting.append(job)
         self._schedule(job.future.get_loop(), lazily=lazy)
         return job.future
@@ -127,8 +130,6 @@ class Writer:
             return op(self._store)
 
     def _job(self, op: Op[Any]) -> Job:
-        if self._refusal is not None:
-            raise StoreUnavailable(str(self._refusal)) from self._refusal
         if self._loop is None:
             raise StoreUnavailable("the store's writer has not been started")
         return Job(op, self._loop.create_future())

@@ -292,6 +292,8 @@ class Stack:
     def bury(self, allocation: Allocation) -> None:
         """Do what a launcher does when the scheduler says that an allocation is gone."""
         self.allocations.remove(allocation)
+        if allocation.pilot is not None:
+            allocation.pilot.wait()
         self.operator.post(f"/allocations/{allocation.id}/failed", {"cause": "gone"})
 
     def _start(self, made: Mapping[str, Any], *, engine: str, failpoints: str, submitit: bool) -> Allocation:

@@ -31,11 +31,12 @@ TASKS = [
     Task(name="large result", result_bytes=2 << 20),
     Task(name="large blob", padding="x" * 100_000),
     Task(name="small again", log="a line"),
+    Task(name="slow", seconds=0.05),
 ]
 
 
 def times(point: str) -> tuple[int, ...]:
-    """At which hits to die: each storm commits often, sends four grants, and has one large blob."""
+    """At which hits to die: each storm commits often, sends five grants, and has one large blob."""
     room = point.partition(".")[2].partition(".")[0]
     return {"blob": (1,), "send": (1, 3)}.get(room, (1, 3, 6))
 
@@ -114,12 +115,12 @@ def test_the_relay_dies_here(crashing: tuple[Stack, RawClient], point: str, nth:
 
 @pytest.mark.parametrize("point", WORKER)
 def test_the_worker_dies_here(crashing: tuple[Stack, RawClient], point: str) -> None:
-    """The third time: its pilot starts it again with the same order, and then less than three are left to run."""
+    """The fourth time: its pilot starts it again with the same order, and then less than four are left to run."""
     stack, client = crashing
     if stack.relay is None:
         stack.start_relay()
     stack.drain()
-    [allocation] = stack.launch(engine="noop", failpoints=f"{point}=kill@3")
+    [allocation] = stack.launch(engine="noop", failpoints=f"{point}=kill@4")
     stack.wait_warm()
     [before] = stack.processes("worker")
     right = storm(client, point)

@@ -112,7 +112,7 @@ async def test_an_unforeseen_fault_ends_it(make: Make) -> None:
         await writer.submit(add("a"))
     assert isinstance(await writer.died, FailpointReached)
     with pytest.raises(StoreUnavailable):
-        writer.submit(add("b"))
+        await writer.submit(add("b"))
     await writer.stop()
     store.close()
 
@@ -125,7 +125,7 @@ async def test_stop_commits_what_waits(make: Make, store: Counting) -> None:
     await writer.stop()
     assert await future == "a"
     with pytest.raises(StoreUnavailable, match="has stopped"):
-        writer.submit(add("b"))
+        await writer.submit(add("b"))
 
 
 # -- what only the stand-in does -----------------------------------------------------------------
@@ -168,4 +168,4 @@ async def test_a_crash_tells_nobody(store: Counting) -> None:
     assert not future.done()
     assert names(store) == []
     with pytest.raises(StoreUnavailable, match="gone"):
-        writer.submit(add("b"))
+        await writer.submit(add("b"))

@@ -16,6 +16,7 @@ honest error, and neither side may be left with a lease, a seat or a deadline th
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
@@ -51,8 +52,10 @@ from edif_hpc.wire.sockets import Incoming
 LEASE_S, HEARTBEAT_S, STEP_S = 6.0, 1.0, 0.5
 DEPLOYMENT = Deployment(name="tiny", repo_id="a/b", revision=None, task="text-generation")
 SLOTS = [0, 1]
+CALM = st.sampled_from([True, True, False])  #: whether everything arrives afterwards
 LOST = set(LeaseEnd)
 ROUNDS_TO_RECOVER = 400
+ENOUGH_RUNS = 8
 
 
 def result_of(request: str) -> bytes:
@@ -71,6 +74,23 @@ class Inline(ThreadPoolExecutor):
         return future
 
 
+class Overheard(logging.Handler):
+    """What nobody awaits cannot raise; when it goes wrong it is logged, and here that is a fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        logging.getLogger("edif_hpc.relay").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info is not None:
+            self.found.append(self.format(record))
+
+    def close(self) -> None:
+        logging.getLogger("edif_hpc.relay").removeHandler(self)
+        super().close()
+
+
 class SteppedLoop(asyncio.SelectorEventLoop):
     """A loop whose time is a manual clock."""
 
@@ -78,8 +98,8 @@ class SteppedLoop(asyncio.SelectorEventLoop):
         self._manual = clock
         super().__init__()
         self.set_default_executor(Inline(max_workers=1))
-        self.faults: list[dict[str, Any]] = []
-        self.set_exception_handler(lambda _, context: self.faults.append(context))
+        self.faults = Overheard()
+        self.set_exception_handler(lambda _, context: self.faults.found.append(str(context)))
 
     def time(self) -> float:
         return self._manual.monotonic()
@@ -276,6 +296,8 @@ class FakeRelay:
         )
         self.core.attach(network, endpoint="tcp://relay", base_url="http://relay")
         self.core.restore()
+        for _ in range(ENOUGH_RUNS):  # so that workers may prefetch
+            self.core.fleet.times("tiny").add(0.1)
         self.sessions: dict[str, Session] = {}
 
     def ends_told(self, request: str) -> int:
@@ -324,7 +346,7 @@ class SessionMachine(RuleBasedStateMachine):
             return task.result()
 
         found = self.loop.run_until_complete(settled())
-        assert not self.loop.faults, self.loop.faults
+        assert not self.loop.faults.found, self.loop.faults.found
         return found
 
     @initialize()
@@ -336,7 +358,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.join(slot)
             self.boot(slot)
             self.exchange()
-            self.warm(slot)
+            self.warm(slot, calm=False)
         self.exchange()
 
     def join(self, slot: int) -> None:
@@ -356,30 +378,34 @@ class SessionMachine(RuleBasedStateMachine):
 
     # -- clients
 
-    @precondition(lambda self: len(self.requests) < 8)
-    @rule(owner=st.sampled_from(["ada", "bob"]))
-    def accept(self, owner: str) -> None:
-        name = f"{len(self.requests):032x}"
-        core, now = self.relay.core, self.clock.wall()
-        new = NewRequest(
+    @precondition(lambda self: len(self.requests) < 10)
+    @rule(owner=st.sampled_from(["ada", "bob"]), burst=st.integers(1, 3), calm=CALM)
+    def accept(self, owner: str, burst: int, *, calm: bool) -> None:
+        """Requests come; while commits wait, or fail, their clients know of nothing."""
+        for _ in range(burst):
+            name = f"{len(self.requests):032x}"
+            self.requests.append(name)
+            session = Session(id=name, owner=owner, base_url="http://relay")
+            self.relay.sessions[name] = session
+            new = self.new_request(name, owner)
+            self.run(lambda new=new, own=session: self.relay.core.broker.accept(new, b"b", own))
+        if calm:
+            self.exchange()
+
+    def new_request(self, name: str, owner: str) -> NewRequest:
+        return NewRequest(
             id=name,
             owner=owner,
             deployment="tiny",
             model_key="key",
             compress=False,
             env={},
-            blob_bytes=4,
+            blob_bytes=1,
             blob_sha256="0" * 64,
             limits=Limits(),
-            accepted_at=now,
-            expires_at=now + 1e6,
+            accepted_at=self.clock.wall(),
+            expires_at=self.clock.wall() + 1e6,
         )
-        session = Session(id=name, owner=owner, base_url="http://relay")
-        if self.run(lambda: core.broker.accept(new, b"blob", session)) is not None:
-            self.requests.append(name)
-            self.relay.sessions[name] = session
-        else:
-            self.requests.append(name)  # it may be committed later, or never
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 7))
@@ -407,16 +433,38 @@ class SessionMachine(RuleBasedStateMachine):
         )
         worker.boot()
 
-    @rule(slot=st.sampled_from(SLOTS))
-    def warm(self, slot: int) -> None:
+    @rule(slot=st.sampled_from(SLOTS), calm=CALM)
+    def warm(self, slot: int, *, calm: bool) -> None:
         worker = self.worker(slot)
         if worker is not None and worker.session.state == "loading":
             worker.do(worker.session.warm(executors=1, facts={}))
+            if calm:
+                self.exchange()
 
-    @rule(slot=st.sampled_from(SLOTS))
-    def start(self, slot: int) -> None:
+    @rule(
+        slot=st.sampled_from(SLOTS),
+        what=st.sampled_from(["begin", "begin", "ok", "ok", "user", "crash", "reap"]),
+        calm=CALM,
+    )
+    def work(self, slot: int, what: str, *, calm: bool) -> None:
+        """Its executors begin, end one way or another, or are gone after a kill."""
         worker = self.worker(slot)
-        if worker is not None and (lease := worker.begin()) is not None:
+        if worker is None:
+            return
+        self.faults |= what == "crash" and worker.running is not None
+        match what:
+            case "begin":
+                self.start(worker)
+            case "reap":
+                worker.reap()
+            case _:
+                worker.finish(what)
+        if calm:
+            self.exchange()
+
+    def start(self, worker: FakeWorker) -> None:
+        lease = worker.begin()
+        if lease is not None:
             self.note_begin(lease)
 
     def note_begin(self, lease: tuple[str, int]) -> None:
@@ -428,19 +476,6 @@ class SessionMachine(RuleBasedStateMachine):
             assert ended in LOST, f"attempt {attempt} began although attempt {each} ended {ended}"
         self.begun.append(lease)
         assert self.faults or not earlier, "executed twice although nothing went wrong"
-
-    @rule(slot=st.sampled_from(SLOTS), how=st.sampled_from(["ok", "ok", "ok", "user", "crash"]))
-    def finish(self, slot: int, how: str) -> None:
-        worker = self.worker(slot)
-        if worker is not None:
-            self.faults |= how == "crash" and worker.running is not None
-            worker.finish(how)
-
-    @rule(slot=st.sampled_from(SLOTS))
-    def reap(self, slot: int) -> None:
-        worker = self.worker(slot)
-        if worker is not None:
-            worker.reap()
 
     @rule(slot=st.sampled_from(SLOTS))
     def signal(self, slot: int) -> None:
@@ -499,9 +534,7 @@ class SessionMachine(RuleBasedStateMachine):
         """A calm moment: everything arrives."""
         for _ in range(6):
             for link in list(self.network.waiting()):
-                batch = [
-                    Incoming(route=link.route, key=link.key, frame=each) for each in link.up
-                ]
+                batch = [Incoming(route=link.route, key=link.key, frame=each) for each in link.up]
                 link.up.clear()
                 self.hand_over(batch)
             self.network.old.clear()
@@ -606,7 +639,9 @@ class SessionMachine(RuleBasedStateMachine):
             assert (name in board.queues["tiny"] if "tiny" in board.queues else False) == queued
             assert queued or name in self.relay.core.leasing._leases._deadlines
         for name in self.relay.sessions:
-            assert self.relay.ends_told(name) == (name not in rows and self.store.get(name) is not None)
+            assert self.relay.ends_told(name) == (
+                name not in rows and self.store.get(name) is not None
+            )
 
     @invariant()
     def a_worker_that_left_holds_nothing(self) -> None:
@@ -624,6 +659,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.recover()
         self.check_ends()
         self.run(self.relay.writer.stop)
+        self.loop.faults.close()
         self.loop.close()
         self.store.close()
 
@@ -639,9 +675,9 @@ class SessionMachine(RuleBasedStateMachine):
             self.exchange()
             for slot, worker in self.workers.items():
                 if worker.left is None:
-                    self.warm(slot)
+                    self.warm(slot, calm=False)
                     worker.reap()
-                    self.start(slot)
+                    self.start(worker)
                     worker.finish("ok")
             self.exchange()
             self.run(self.relay.core.scheduler.beat)
@@ -702,10 +738,10 @@ def test_roles_are_as_joined() -> None:
         peer = machine.relay.core.fleet.peer(machine.keys[0])
         assert peer is not None
         assert peer.role is PeerRole.WORKER
-        machine.accept("ada")
-        machine.exchange()
-        machine.start(0)
-        assert machine.begun or machine.workers[1].waiting
+        machine.accept("ada", 1, calm=True)
+        machine.work(0, "begin", calm=True)
+        machine.work(1, "begin", calm=True)
+        assert len(machine.begun) == 1
     finally:
         machine.teardown()
 

@@ -48,12 +48,13 @@ print(json.dumps({"same": torch.equal(run(there), run(local))}))
 REFUSED = """
 import json, sys
 from nnsight import LanguageModel
-try:
-    LanguageModel(sys.argv[1], dispatch=sys.argv[2] == "dispatch")
-    text = ""
-except Exception as error:
-    text = "".join(f"{type(e).__name__}: {e}" for e in (error, error.__cause__) if e)
-print(json.dumps({"text": text}))
+texts = []
+for name in sys.argv[2:]:
+    try:
+        LanguageModel(name, dispatch=sys.argv[1] == "dispatch")
+    except Exception as error:
+        texts.append("".join(f"{type(e).__name__}: {e}" for e in (error, error.__cause__) if e))
+print(json.dumps({"texts": texts}))
 """
 SNAPSHOT = """
 import json, sys
@@ -105,7 +106,7 @@ def test_without_weights_the_client_says_what_is_missing(
     relay: Relay, tiny_gpt2: Path, run_client: Callable[..., Any]
 ) -> None:
     relay.deploy(NAME, tiny_gpt2)
-    text = run_client(REFUSED, relay.hub, NAME, "dispatch")["text"]
+    [text] = run_client(REFUSED, relay.hub, "dispatch", NAME)["texts"]
     assert "does not appear to have a file named" in text
     assert "model.safetensors" in text
 
@@ -115,9 +116,9 @@ def test_an_unknown_name_lists_what_is_here(
 ) -> None:
     relay.deploy(NAME, tiny_gpt2)
     relay.deploy("lab/elsewhere", "/cluster/models/elsewhere")
-    assert "Here is: lab/tiny" in run_client(REFUSED, relay.hub, "lab/other", "meta")["text"]
-    text = run_client(REFUSED, relay.hub, "lab/elsewhere", "meta")["text"]
-    assert "edif-hpc hub publish" in text
+    unknown, absent = run_client(REFUSED, relay.hub, "meta", "lab/other", "lab/elsewhere")["texts"]
+    assert "Here is: lab/tiny" in unknown
+    assert "edif-hpc hub publish" in absent
 
 
 def test_a_snapshot_holds_what_is_served(

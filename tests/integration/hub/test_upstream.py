@@ -215,6 +215,11 @@ def test_the_next_page_leads_through_the_relay(behind: Relay, real: Server) -> N
     assert real.seen[0][0] == "/api/models/org/model/tree/refs%2Fpr%2F1"
 
 
+def test_an_odd_spelling_is_no_failure(behind: Relay) -> None:
+    with behind.http(token="") as http:
+        assert http.get("/hub/org/model/resolve/main/%ff%00 \u20ac.json").status_code == 404
+
+
 def test_the_hubs_refusals_are_passed_on(behind: Relay) -> None:
     with behind.http(token="") as http:
         for path in ("/hub/api/models/org/gated", "/hub/org/gated/resolve/main/config.json"):

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from edif_hpc.objects.repository import read_manifest
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import EngineInfo, EngineSpec, Level
@@ -26,6 +28,7 @@ async def load(spec: EngineSpec) -> EngineInfo:
         await engine.stop()
 
 
+@pytest.mark.slow
 async def test_a_folder_and_the_hub_have_one_commit(
     start_relay: Callable[..., Relay], tiny_gpt2: Path, tmp_path: Path
 ) -> None:

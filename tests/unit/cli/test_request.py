@@ -138,7 +138,10 @@ def test_a_request_that_failed(relay: Any, complain: Callable[..., str]) -> None
 
 def test_fetch_needs_no_torch() -> None:
     program = "import sys, edif_hpc.cli.fetch; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 0
 
 
 def test_ls(relay: Any, run: Callable[..., Any]) -> None:

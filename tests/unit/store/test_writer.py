@@ -200,7 +200,7 @@ async def test_stop_commits_what_waits(store: CountingStore) -> None:
     assert [future.result() for future in futures] == ["a", "b", "c"]
     await writer.stop()
     with pytest.raises(StoreUnavailable, match="has stopped"):
-        writer.submit(add("d"))
+        await writer.submit(add("d"))
 
 
 async def test_stop_alone_and_before_the_start(store: Store) -> None:
@@ -244,7 +244,7 @@ async def test_an_unforeseen_fault_ends_the_writer_and_everybody_hears(place: st
         assert isinstance(outcome, StoreUnavailable)
         assert place in str(outcome)
     with pytest.raises(StoreUnavailable, match="restart the relay"):
-        writer.submit(add("d"))
+        await writer.submit(add("d"))
     await writer.stop()
     assert names(store) == (["a", "b", "c"] if place == "store.commit.after" else ["a"])
     store.close()

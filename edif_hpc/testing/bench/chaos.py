@@ -1,0 +1,306 @@
+"""kill -9 at random moments, under load: nothing that was accepted is lost, nothing happens twice.
+
+Several clients send without pause, half of them listening, half of them polling. Meanwhile relay, workers, pilots and
+executors are killed, in an order and at moments that come from the seed. The relay is started again here; a worker by its
+pilot; an executor by its engine; for a pilot, the harness plays the launcher: when nothing of the allocation lives any more it
+says so to the relay and submits a new one.
+
+Every accepted request has to end once: with its right result, byte for byte, or with an honest ERROR that says how often its
+processes died. Doubled would be two terminal frames, two stored results or two charges. Re-executions are allowed, and counted.
+A run in which no kill hit a leased request proves nothing, and fails.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import click
+import httpx
+from websockets.exceptions import WebSocketException
+
+from edif_hpc.testing.audit import Audit, audit
+from edif_hpc.testing.models import build_tiny_gpt2
+from edif_hpc.testing.processes import Process
+from edif_hpc.testing.raw_client import RawClient, RawSession, Told
+from edif_hpc.testing.stack import MODEL, Stack, Unexpected
+from edif_hpc.testing.wait import wait_until
+from edif_hpc.testing.work import NoopWork, Piece, Work, capture
+
+KINDS: Final = ("relay", "worker", "pilot", "executor")
+SETTINGS: Final = {"lease_s": 6.0, "heartbeat_s": 0.5, "poll_hold_s": 0.1, "log_level": "warning"}
+HONEST: Final = frozenset({"crash"})
+RECOVERY_S: Final = 180.0
+_AWAY = (httpx.TransportError, WebSocketException, OSError, EOFError, TimeoutError)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What came of it."""
+
+    seed: int
+    seconds: float = 0.0
+    kills: Counter[str] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)  #: kills of something that held a lease
+    sent_again: int = 0  #: requests whose client heard no RECEIVED
+    audit: Audit = field(default_factory=Audit)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the promise held, and was put to the test."""
+        return not self.faults and self.hits.total() > 0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        books = self.audit
+        killed = ", ".join(f"{count} {kind} ({self.hits[kind]} held a lease)" for kind, count in sorted(self.kills.items()))
+        causes = ", ".join(f"{count} {cause}" for cause, count in books.lost_leases.most_common())
+        return [
+            f"seed {self.seed}: {self.kills.total()} kills in {self.seconds:.0f} s: {killed}",
+            f"{books.requests} requests accepted: {books.completed} completed, {dict(books.errors) or 'no'} errors; "
+            f"{self.sent_again} sent again before RECEIVED",
+            f"{books.executions} executions, {books.reexecutions} of them again; leases lost: {causes or 'none'}",
+            f"lost or doubled: {len(self.faults)}",
+            *self.faults[:20],
+            *([] if self.hits.total() else ["no kill hit a leased request: this run proves nothing"]),
+        ]
+
+
+class Load:
+    """The clients, each a thread."""
+
+    def __init__(self, client: RawClient, work: Work, *, clients: int, seed: int) -> None:
+        self.right: dict[str, bytes] = {}
+        self.faults: list[str] = []
+        self.sent_again = 0
+        self._client, self._work = client, work
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(number, random.Random(f"{seed} client {number}")), name=f"client-{number}")
+            for number in range(clients)
+        ]
+
+    def start(self) -> None:
+        """Begin to send."""
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> None:
+        """Send no more, and wait for the ends of what was sent."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int, chance: random.Random) -> None:
+        try:
+            if number % 2:
+                self._poll(chance)
+            else:
+                self._listen(chance)
+        except Exception as error:  # noqa: BLE001 - a client that breaks is a finding
+            self.faults.append(f"client {number} broke: {error!r}")
+
+    def _poll(self, chance: random.Random) -> None:
+        while not self._stop.is_set():
+            piece = self._work.piece(chance)
+            self._check(self._client.ended(self._sent(piece, None), RECOVERY_S), piece)
+
+    def _listen(self, chance: random.Random) -> None:
+        """One socket for many requests, so that a second end of one would be seen."""
+        while not self._stop.is_set():
+            ended: set[str] = set()
+            try:
+                session = self._client.subscribe()
+            except _AWAY:
+                self._stop.wait(0.05)
+                continue
+            with session:
+                while not self._stop.is_set() and self._listen_once(session, self._work.piece(chance), ended):
+                    pass
+
+    def _listen_once(self, session: RawSession, piece: Piece, ended: set[str]) -> bool:
+        """Send one and hear its end; False if the socket broke."""
+        request_id = self._sent(piece, session)
+        if not request_id:
+            return False
+        while True:
+            try:
+                told = session.next(RECOVERY_S)
+            except _AWAY:
+                self._check(self._client.ended(request_id, RECOVERY_S), piece)
+                return False
+            if told.id in ended:
+                self.faults.append(f"{told.id}: a {told.status} frame after its end")
+            if told.id == request_id and told.ended:
+                ended.add(told.id)
+                self._check(told, piece)
+                return True
+
+    def _sent(self, piece: Piece, session: RawSession | None) -> str:
+        """Send until RECEIVED; a listening client whose socket broke gives up with an empty id."""
+        while True:
+            try:
+                request_id = self._client.send(piece.blob, compress=piece.compress, session=session.id if session else "")
+            except httpx.HTTPStatusError as error:
+                if session is not None and error.response.status_code == httpx.codes.NOT_FOUND:
+                    return ""  # a relay that was started anew knows no sessions
+                if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    raise
+            except _AWAY:
+                self.sent_again += 1
+                self._stop.wait(0.05)
+            else:
+                self.right[request_id] = piece.result
+                return request_id
+
+    def _check(self, end: Told, piece: Piece) -> None:
+        if end.status == "ERROR":
+            if end.kind not in HONEST:
+                self.faults.append(f"{end.id}: ended with {end.kind}: {end.description}")
+            return
+        if self._fetched(end) != piece.result:
+            self.faults.append(f"{end.id}: its client was given a wrong result")
+
+    def _fetched(self, end: Told) -> bytes:
+        def attempt() -> tuple[bytes] | None:
+            try:
+                return (self._client.result(end),)
+            except _AWAY:
+                return None
+
+        found = wait_until(attempt, RECOVERY_S, f"the result of {end.id} is fetched")
+        return found[0] if found else b""
+
+
+class Reaper:
+    """Kills by plan, and plays the launcher."""
+
+    def __init__(self, stack: Stack, report: Report, *, engine: str, slots: int, pause_s: float) -> None:
+        self._stack, self._report = stack, report
+        self._engine, self._slots, self._pause_s = engine, slots, pause_s
+        self._chance = random.Random(f"{report.seed} kills")
+
+    def run(self, kills: Mapping[str, int]) -> None:
+        """Carry out so many kills of each kind."""
+        plan = [kind for kind, count in kills.items() for _ in range(count)]
+        self._chance.shuffle(plan)
+        for kind in plan:
+            wait_until(self._tended_for(self._chance.uniform(0, self._pause_s)), RECOVERY_S, "the pause is over")
+            victim = wait_until(lambda kind=kind: self._victim(kind), RECOVERY_S, f"there is a {kind} to kill")  # type: ignore[misc]
+            if isinstance(victim, Process) and victim.kill(signal.SIGKILL):
+                self._report.kills[kind] += 1
+        wait_until(self._tended_for(0), RECOVERY_S, "what was killed is tended")
+        self._stack.wait_warm(timeout_s=RECOVERY_S)
+
+    def _tended_for(self, seconds: float) -> object:
+        until = time.monotonic() + seconds
+
+        def look() -> bool:
+            self._tend()
+            return time.monotonic() >= until
+
+        return look
+
+    def _tend(self) -> None:
+        """What a supervisor does for the relay, and a launcher for allocations."""
+        if self._stack.relay_ended() is not None:
+            self._stack.start_relay()
+        for each in [each for each in self._stack.allocations if each.over]:
+            self._stack.bury(each)
+        if len(self._stack.allocations) < self._slots:
+            self._stack.launch(engine=self._engine)
+
+    def _victim(self, kind: str) -> Process | None:
+        """Someone of this kind, and whether it holds a lease as we look."""
+        self._tend()
+        lines = self._stack.operator.get("/ps")["processes"]
+        held = {each["name"]: each["worker"]["leases"] for each in lines if (each["worker"] or {}).get("state") == "warm"}
+        living = self._stack.processes()
+        if kind == "relay":
+            candidates = [(each, sum(held.values())) for each in living if each.kind == "relay"]
+        else:
+            candidates = [
+                (each, leases) for name, leases in held.items() for each in living
+                if each.kind == kind and name in _ancestry(each, living)
+            ]
+        if not candidates:
+            return None
+        victim, leases = self._chance.choice(candidates)
+        self._report.hits[kind] += leases > 0
+        return victim
+
+
+def _ancestry(process: Process, living: list[Process]) -> str:
+    """The command lines from a process up to its pilot; they name its allocation."""
+    by_pid = {each.pid: each for each in living}
+    commands, at = "", by_pid.get(process.pid)
+    while at is not None:
+        commands += at.command
+        at = by_pid.get(at.parent)
+    return commands
+
+
+def run(
+    folder: Path, *, model: Path | None, kills: Mapping[str, int], seed: int, engine: str = "real", clients: int = 6, slots: int = 2,
+    pause_s: float = 1.0,
+) -> Report:
+    """One run; `model` is needed by the real engine."""
+    report = Report(seed=seed)
+    with Stack(root=folder, models={MODEL: model} if model else {}, settings=SETTINGS) as stack:
+        stack.deploy(replicas=slots)
+        stack.launch(engine=engine)
+        stack.wait_warm(count=slots)
+        client = stack.client()
+        work = capture(stack, client) if engine == "real" else NoopWork()
+        began = time.monotonic()
+        load = Load(client, work, clients=clients, seed=seed)
+        load.start()
+        try:
+            Reaper(stack, report, engine=engine, slots=slots, pause_s=pause_s).run(kills)
+        finally:
+            load.finish()
+        wait_until(lambda: stack.operator.unfinished() == 0, RECOVERY_S, "everything accepted has ended")
+        report.seconds = time.monotonic() - began
+        status = stack.stop_relay()
+        if status != 0:
+            raise Unexpected(f"the relay stopped with {status}")
+        report.audit = audit(stack.data_dir, told=load.right, results=load.right)
+    report.sent_again = load.sent_again
+    report.faults = [*load.faults, *report.audit.faults]
+    return report
+
+
+@click.command()
+@click.option("--kills", default=200, show_default=True, help="Kills of each kind of process.")
+@click.option("--seed", type=int, help="Repeats a run's choices; a new one is drawn and printed.")
+@click.option("--engine", type=click.Choice(["real", "noop"]), default="real", show_default=True, help="noop has no executors.")
+@click.option("--clients", default=6, show_default=True)
+@click.option("--slots", default=2, show_default=True, help="Workers at a time.")
+@click.option("--pause", default=1.0, show_default=True, help="Longest pause between two kills, in seconds.")
+def main(kills: int, seed: int | None, engine: str, clients: int, slots: int, pause: float) -> None:
+    """Kill relay, workers, pilots and executors at random under load."""
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    click.echo(f"seed {seed}")
+    kinds = KINDS if engine == "real" else tuple(kind for kind in KINDS if kind != "executor")
+    with tempfile.TemporaryDirectory(prefix="edif-chaos-") as folder:
+        model = build_tiny_gpt2(Path(folder) / "model") if engine == "real" else None
+        report = run(
+            Path(folder) / "stack", model=model, kills=dict.fromkeys(kinds, kills), seed=seed, engine=engine, clients=clients,
+            slots=slots, pause_s=pause,
+        )
+    click.echo("\n".join(report.lines()))
+    sys.exit(not report.ok)
+
+
+if __name__ == "__main__":
+    main()
