@@ -12,7 +12,12 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",
+}
 
 
 class LineFormatter(logging.Formatter):
@@ -24,14 +29,26 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line, and its traceback below."""
-        extras = {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
+        extras = {
+            key: value
+            for key, value in vars(record).items()
+            if key not in _STANDARD and not key.startswith("_")
+        }
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
-            body = {"at": when, "level": record.levelname.lower(), "process": self._process, "message": record.getMessage(), **extras}
+            body = {
+                "at": when,
+                "level": record.levelname.lower(),
+                "process": self._process,
+                "message": record.getMessage(),
+                **extras,
+            }
             return json.dumps(body | ({"trace": trace.strip()} if trace else {}), default=str)
         event = extras.pop("event", record.name)
-        pairs = "".join(f" {key}={_short(value)}" for key, value in extras.items() if value is not None)
+        pairs = "".join(
+            f" {key}={_short(value)}" for key, value in extras.items() if value is not None
+        )
         return f"{when} {record.levelname:<7} {self._process} {event}{pairs}: {record.getMessage()}{trace}"
 
 

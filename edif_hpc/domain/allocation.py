@@ -47,6 +47,16 @@ def check_transition(allocation: str, old: AllocationState, new: AllocationState
         raise TransitionRefused(f"allocation {allocation} is {old}; it cannot become {new}")
 
 
+def steps_to(old: AllocationState, new: AllocationState) -> tuple[AllocationState, ...]:
+    """The listed steps from one state to another, LOADING made up for if it was missed; none if there is no way."""
+    if new in TRANSITIONS[old]:
+        return (new,)
+    missed = AllocationState.LOADING
+    if missed in TRANSITIONS[old] and new in TRANSITIONS[missed]:
+        return (missed, new)
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """One job of a scheduler that fills `slot` for `generation`."""

@@ -59,19 +59,23 @@ def verdict(
         workers_killed: workers that died while they ran this request, this one included.
         evidence: facts about the end, for the owner and the operator.
     """
+    # The evidence names its own cause in words; the kind of end has its own key.
+    details = {"attempts_lost": crashes, "ended_by": str(end), **evidence}
+    last = evidence.get("cause") or str(end)
     if workers_killed >= QUARANTINE_WORKERS:
         return Failure(
             kind=FailureKind.CRASH,
-            message=f"quarantined: {workers_killed} workers died while they ran this request (last: {end}). "
-            "It is not tried again; run it smaller, or ask the operator with this request's id.",
-            details={"attempts_lost": crashes, "cause": str(end), **evidence},
+            message=f"quarantined: {workers_killed} workers died while they ran this request "
+            f"(the last: {last}). It is not tried again; run it smaller, or ask the operator with "
+            "this request's id.",
+            details=details,
         )
     if crashes >= CRASH_BUDGET:
-        kind = FailureKind.OOM if end is LeaseEnd.OOM else FailureKind.CRASH
         return Failure(
-            kind=kind,
-            message=f"the process that ran this request died {crashes} times (last: {end}); the budget is {CRASH_BUDGET} attempts.",
-            details={"attempts_lost": crashes, "cause": str(end), **evidence},
+            kind=FailureKind.OOM if end is LeaseEnd.OOM else FailureKind.CRASH,
+            message=f"the process that ran this request died {crashes} times, and it is not tried "
+            f"again. The last time: {last}.",
+            details=details,
         )
     return None
 

@@ -12,12 +12,18 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from edif_hpc.clock import Clock
-from edif_hpc.domain.allocation import TRANSITIONS, Allocation, AllocationState, Peer, PeerRole
+from edif_hpc.domain.allocation import (
+    Allocation,
+    AllocationState,
+    Peer,
+    PeerRole,
+    steps_to,
+)
 from edif_hpc.domain.deployment import Deployment, ModelKey, check_name, find_deployment
 from edif_hpc.domain.estimate import RunTimes
 from edif_hpc.domain.people import secret_hash
 from edif_hpc.domain.request import Provision
-from edif_hpc.errors import Conflict, NotFound, StoreUnavailable
+from edif_hpc.errors import Conflict, NotFound
 from edif_hpc.relay import reports
 from edif_hpc.relay.seats import Holding, Worker
 from edif_hpc.store.base import Store
@@ -252,21 +258,27 @@ class Fleet:
             self._carried_out().forget_key(key)
 
     async def note(self, allocation_id: str, state: AllocationState, detail: str = "") -> None:
-        """A peer told where its allocation is; steps that the table does not list are skipped, never forced."""
+        """A peer told where its allocation is; steps that the table does not list are skipped, never forced.
+
+        Nothing changes here before its commit, and peers say it again, so one that failed is made up for.
+        """
         known = self._allocations.get(allocation_id)
-        if known is None or (known.state is state and known.detail == detail):
-            return
-        if known.state is not state and state not in TRANSITIONS[known.state]:
-            return
-        noted = self._allocations[allocation_id] = replace(known, state=state, detail=detail)
+        if known is None or known.state is AllocationState.DRAINING:
+            return  # it ends next, by `end`
         if known.state is state:
+            self._allocations[allocation_id] = replace(known, detail=detail)
             return
-        try:
-            await self._change(allocation_id, state=state, detail=detail)
-        except StoreUnavailable:
-            if self._allocations.get(allocation_id) is noted:
-                self._allocations[allocation_id] = known  # its worker's next heartbeat tries again
-            raise
+        now = self._clock.wall()
+
+        def op(store: Store) -> Allocation:
+            row = next((each for each in store.allocations() if each.id == allocation_id), known)
+            for step in steps_to(row.state, state):
+                row = store.change_allocation(allocation_id, now, state=step, detail=detail)
+            return row
+
+        changed = await self._writer.submit(op)
+        if allocation_id in self._allocations:
+            self._allocations[allocation_id] = changed
 
     async def drain(self, deployment: str | None, allocation: str | None) -> int:
         """Drain the workers of a deployment or of one allocation; allocations that never started are ended."""
@@ -374,9 +386,8 @@ class Fleet:
         changed = await self._writer.submit(
             lambda store: store.change_allocation(allocation_id, now, **facts)
         )
-        known = self._allocations.get(allocation_id)
-        if known is not None and facts.get("state", known.state) is known.state:
-            self._allocations[allocation_id] = changed  # unless it is a step further by now
+        if allocation_id in self._allocations:
+            self._allocations[allocation_id] = changed
 
     def _carried_out(self) -> Orders:
         if self._orders is None:

@@ -55,7 +55,5 @@ async def _open_bucket(settings: RelaySettings) -> ObjectStore:
         await store.close()
         raise
     except Unavailable as error:
-        _log.error(
-            "results cannot be stored now: %s", error, extra={"event": "object_store_away"}
-        )
+        _log.error("results cannot be stored now: %s", error, extra={"event": "object_store_away"})
     return store

@@ -123,7 +123,9 @@ def _parts(need: m.Need, urls: list[str], *, refusal: str = "") -> m.Parts:
 
 
 def _given_up(error: EdifError, patience_s: float) -> Failure:
-    what = "never added up" if isinstance(error, InvalidInput | NotFound) else "could not be stored"
+    what = (
+        "never added up" if isinstance(error, InvalidInput | NotFound) else "could not be stored"
+    )
     return Failure(
         kind=FailureKind.ENGINE,
         message=f"the code has run, but its result {what} in {patience_s:.0f} s of trying: {error}. "

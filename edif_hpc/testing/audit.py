@@ -37,13 +37,13 @@ class Audit:
         return len(self.states)
 
 
-def audit(data_dir: Path, *, told: Iterable[str] = (), results: Mapping[str, bytes] | None = None) -> Audit:
+def audit(data_dir: Path, *, told: Iterable[str] = (), right: Mapping[str, Callable[[bytes], bool]] | None = None) -> Audit:
     """Look at everything.
 
     Args:
         data_dir: a stopped relay's.
         told: ids that clients were told RECEIVED for; each has to be there.
-        results: for some ids, the one right result.
+        right: for some ids, whether bytes are the one right result.
     """
     store = SqliteStore(data_dir / "queue.sqlite")
     store.open()
@@ -56,7 +56,7 @@ def audit(data_dir: Path, *, told: Iterable[str] = (), results: Mapping[str, byt
             _count(found, request, store.attempts(request.id))
             found.faults += _faults(request, charges[request.id], inline, data_dir / "results" / "objects")
         found.faults += [f"{each}: was RECEIVED, and is not in the store" for each in set(told) - set(found.states)]
-        found.faults += _wrong(store.get, store.inline_result, data_dir, results or {})
+        found.faults += _wrong(store.get, store.inline_result, data_dir, right or {})
     finally:
         store.close()
     return found
@@ -94,15 +94,16 @@ def _faults(request: Request, charges: int, inline: bytes | None, objects: Path)
 
 
 def _wrong(
-    get: Callable[[str], Request | None], inline: Callable[[str], bytes | None], data_dir: Path, results: Mapping[str, bytes]
+    get: Callable[[str], Request | None], inline: Callable[[str], bytes | None], data_dir: Path,
+    right: Mapping[str, Callable[[bytes], bool]],
 ) -> list[str]:
     faults = []
-    for request_id, right in results.items():
+    for request_id, is_right in right.items():
         request = get(request_id)
         if request is None or request.result is None:
             continue  # told by the other checks
         key = request.result.key
         stored = inline(request_id) if key is None else (data_dir / "results" / "objects" / key).read_bytes()
-        if stored != right:
+        if stored is None or not is_right(stored):
             faults.append(f"{request_id}: its stored result is not the right one")
     return faults

@@ -85,12 +85,14 @@ class Relay:
     router: Router = field(init=False)
     writer: Writer = field(init=False)
     objects: DirectoryStore = field(init=False)
-    sessions: dict[str, Session] = field(default_factory=dict)
+    told: dict[str, list[Update]] = field(default_factory=dict)  #: what clients heard
+    _clients: list[asyncio.Task[None]] = field(default_factory=list)
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
     _server: http.Server | None = None
     _names: int = 0
 
     async def start(self) -> None:
+        """Serve, on what was left by a start before."""
         settings = RelaySettings(
             lease_s=LEASE_S, heartbeat_s=HEARTBEAT_S, port=self.port, ws_grace_s=1.0
         )
@@ -146,6 +148,8 @@ class Relay:
         """Orderly, as `relay.app` does it."""
         if not self._tasks:
             return
+        for each in self._clients:
+            each.cancel()
         if self._server is not None:
             self._server.stop()
         http_task, scheduler = self._tasks
@@ -159,13 +163,15 @@ class Relay:
         self._tasks = []
 
     async def restart(self) -> None:
+        """Stop in order, and start again; clients are gone."""
         await self.stop()
-        self.sessions.clear()
+        self.told.clear()
         await self.start()
 
     # -- what operators and clients do
 
     async def deploy(self, **facts: Any) -> None:
+        """Add the deployment `tiny`."""
         values = {"name": "tiny", "repo_id": "a/b", "revision": None, "task": "text-generation"}
         await self.core.fleet.add_deployment(Deployment(**values | facts))
 
@@ -206,24 +212,28 @@ class Relay:
             given.write_bytes(blob)
         await self.core.broker.accept(new, given, session)
         if session is not None:
-            self.sessions[name] = session
+            self.told[name] = []
+            self._clients.append(asyncio.create_task(self._listen(session)))
         return name
 
-    def row(self, request: str) -> Request:
-        found = self.disk.get(request)
-        assert found is not None
-        return found
+    async def _listen(self, session: Session) -> None:
+        while True:
+            self.told[session.id].append(await session.next())
 
-    def updates(self, request: str) -> list[Update]:
-        return list(self.sessions[request]._waiting)
+    def row(self, request: str) -> Request:
+        """A request as it is stored."""
+        found = self.disk.get(request)
+        if found is None:
+            raise LookupError(f"there is no row of {request}")
+        return found
 
     async def ended(self, request: str) -> Request:
         """Wait until a request has ended, and its client was told."""
-        session = self.sessions.get(request)
+        told = self.told.get(request)
 
         def over() -> bool:
-            told = session is None or any(each.final for each in session._waiting)
-            return self.row(request).terminal and told
+            heard = told is None or any(each.final for each in told)
+            return self.row(request).terminal and heard
 
         await until(over, f"{request} ends")
         return self.row(request)
@@ -242,6 +252,7 @@ class Peer:
     dealer: Dealer | None = None
 
     def dial(self, endpoint: str, server_key: str, keys: KeyPair) -> None:
+        """Connect, or try to."""
         self.dealer = Dealer(
             endpoint=endpoint,
             server_key=server_key,
@@ -251,12 +262,14 @@ class Peer:
         )
 
     def say(self, *messages: m.Message) -> None:
+        """Send messages."""
         for each in messages:
             self.say_bytes(codec.encode(each))
 
     def say_bytes(self, frame: bytes) -> None:
-        assert self.dealer is not None
-        assert self.dealer.send(frame)
+        """Send anything."""
+        if self.dealer is None or not self.dealer.send(frame):
+            raise ConnectionError("the frame was not queued")
 
     async def hears(self, kind: type[T], *, nth: int = 1) -> T:
         """The nth message of a kind."""
@@ -279,6 +292,7 @@ class Peer:
         self.say(m.Pull(window=window, executors=1))
 
     async def close(self) -> None:
+        """Hang up."""
         if self.dealer is not None:
             await self.dealer.close()
 
@@ -294,10 +308,6 @@ class Worker:
     allocation: str
     exit: asyncio.Task[WorkerExit]
     pilot: KeyPair
-
-    @property
-    def warm(self) -> bool:
-        return self.runtime._session.state == "warm"
 
 
 @dataclass
@@ -358,6 +368,7 @@ class World:
         return [each.peer.key for each in found if each.window]
 
     async def runs(self, worker: Worker, request: str) -> None:
+        """Wait until an executor of this worker has a request."""
         await until(lambda: request in worker.engine.running, f"{request} runs")
 
     def short_runs(self) -> None:

@@ -1,6 +1,7 @@
 """Bytes between the worker and the relay or the object store, by signed URLs: one try each.
 
-A blob is fetched to a file of the worker's scratch and its SHA-256 checked. A part is put with its length known. What a
+A blob is fetched to a file of the worker's scratch and its SHA-256 checked. A part is sent in
+pieces, with its length known, so that no part is in memory as a whole. What a
 failure means, and what to try next, is the callers' business: `Unavailable` says that it may work later, `Refused` that
 the store answered and said no, to this URL at least.
 """
@@ -8,6 +9,7 @@ the store answered and said no, to this URL at least.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -68,8 +70,8 @@ class Transfer:
                 "that were accepted"
             )
 
-    async def put(self, url: str, body: bytes) -> str:
-        """Put one part; returns the tag that the store answers.
+    async def put(self, url: str, body: AsyncIterator[bytes], size_bytes: int) -> str:
+        """Put one part of known size; returns the tag that the store answers.
 
         Raises:
             Refused: the store says no.
@@ -77,7 +79,9 @@ class Transfer:
         """
         where = f"{httpx.URL(url).scheme}://{httpx.URL(url).netloc.decode()}"
         try:
-            response = await self._http.put(url, content=body)
+            response = await self._http.put(
+                url, content=body, headers={"content-length": str(size_bytes)}
+            )
         except httpx.HTTPError as error:
             raise Unavailable(f"{where} does not take the result: {error!r}") from error
         if not response.is_success:

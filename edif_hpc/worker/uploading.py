@@ -1,8 +1,8 @@
 """A result's way up: in parts, from a file that may still be growing, until the store has them all.
 
 While the executor writes, `grew` says how many bytes are final, and whole parts go up at once, a few at a time; `finish`
-says that the file is complete and waits for the rest. So compressing and sending overlap, and memory is bounded by the parts
-in flight, whatever the size of the result.
+says that the file is complete and waits for the rest. So compressing and sending overlap, and memory is bounded by a few
+pieces of the parts in flight, whatever the size of the result.
 
 A failed part is tried again, with a new URL and a growing pause, since the reason may be anything from an expired URL to a
 full bucket. Time in which the relay itself is away does not count: nobody can do anything then, and the result waits
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from edif_hpc.worker.transfer import Refused, Transfer
 
 IN_FLIGHT = 3
 URLS_AT_ONCE = 16
+PIECE_BYTES = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 
 #: Asks the relay for URLs of `count` parts from `first` on; returns when it has answered.
@@ -34,6 +35,12 @@ class StoreGivenUp(EdifError):
     """The store has taken nothing for too long."""
 
     code = "store_given_up"
+
+
+async def _pieces(fd: int, start: int, size_bytes: int) -> AsyncIterator[bytes]:
+    stop = start + size_bytes
+    for position in range(start, stop, PIECE_BYTES):
+        yield await asyncio.to_thread(os.pread, fd, min(PIECE_BYTES, stop - position), position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +108,7 @@ class Uploading:
 
     async def _carrier(self) -> None:
         while (number := await self._take()) is not None:
-            body = await asyncio.to_thread(self._read, number)
-            self._etags[number] = await self._put(number, body)
+            self._etags[number] = await self._put(number)
 
     async def _take(self) -> int | None:
         """The next part, once it is final; None when there is none left."""
@@ -118,22 +124,12 @@ class Uploading:
     def _count(self) -> int:
         return max(1, -(-self._final_bytes // self._rules.part_bytes))
 
-    def _read(self, number: int) -> bytes:
-        if self._source is None:
-            raise ValueError("no part can be due before there is a file")
-        offset = (number - 1) * self._rules.part_bytes
-        fd = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.pread(fd, self._rules.part_bytes, offset)
-        finally:
-            os.close(fd)
-
-    async def _put(self, number: int, body: bytes) -> str:
+    async def _put(self, number: int) -> str:
         pause, refused = _FIRST_PAUSE_S, False
         while True:
             try:
                 url = await self._url(number)
-                etag = await self._transfer.put(url, body)
+                etag = await self._send(url, number)
             except Unavailable as error:
                 self._check_patience(error)
                 if isinstance(error, Refused) and not refused:
@@ -144,6 +140,18 @@ class Uploading:
             else:
                 self._failing_since = None
                 return etag
+
+    async def _send(self, url: str, number: int) -> str:
+        if self._source is None:
+            raise ValueError("no part can be due before there is a file")
+        start = (number - 1) * self._rules.part_bytes
+        fd = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            left = os.fstat(fd).st_size - start
+            size = max(0, min(self._rules.part_bytes, left))
+            return await self._transfer.put(url, _pieces(fd, start, size), size)
+        finally:
+            os.close(fd)
 
     async def _url(self, number: int) -> str:
         """A URL, each used once. Raises `Unavailable` if the relay has none to give."""

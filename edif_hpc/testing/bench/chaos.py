@@ -5,7 +5,7 @@ executors are killed, in an order and at moments that come from the seed. The re
 pilot; an executor by its engine; for a pilot, the harness plays the launcher: when nothing of the allocation lives any more it
 says so to the relay and submits a new one.
 
-Every accepted request has to end once: with its right result, byte for byte, or with an honest ERROR that says how often its
+Every accepted request has to end once: with its right result, bit for bit, or with an honest ERROR that says how often its
 processes died. Doubled would be two terminal frames, two stored results or two charges. Re-executions are allowed, and counted.
 A run in which no kill hit a leased request proves nothing, and fails.
 """
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -80,7 +80,7 @@ class Load:
     """The clients, each a thread."""
 
     def __init__(self, client: RawClient, work: Work, *, clients: int, seed: int) -> None:
-        self.right: dict[str, bytes] = {}
+        self.right: dict[str, Callable[[bytes], bool]] = {}
         self.faults: list[str] = []
         self.sent_again = 0
         self._client, self._work = client, work
@@ -160,7 +160,7 @@ class Load:
                 self.sent_again += 1
                 self._stop.wait(0.05)
             else:
-                self.right[request_id] = piece.result
+                self.right[request_id] = piece.right
                 return request_id
 
     def _check(self, end: Told, piece: Piece) -> None:
@@ -168,7 +168,7 @@ class Load:
             if end.kind not in HONEST:
                 self.faults.append(f"{end.id}: ended with {end.kind}: {end.description}")
             return
-        if self._fetched(end) != piece.result:
+        if not piece.right(self._fetched(end)):
             self.faults.append(f"{end.id}: its client was given a wrong result")
 
     def _fetched(self, end: Told) -> bytes:
@@ -199,6 +199,8 @@ class Reaper:
             victim = wait_until(lambda kind=kind: self._victim(kind), RECOVERY_S, f"there is a {kind} to kill")  # type: ignore[misc]
             if isinstance(victim, Process) and victim.kill(signal.SIGKILL):
                 self._report.kills[kind] += 1
+                if kind == "relay":
+                    self._stack.wait_relay()
         wait_until(self._tended_for(0), RECOVERY_S, "what was killed is tended")
         self._stack.wait_warm(timeout_s=RECOVERY_S)
 
@@ -213,7 +215,7 @@ class Reaper:
 
     def _tend(self) -> None:
         """What a supervisor does for the relay, and a launcher for allocations."""
-        if self._stack.relay_ended() is not None:
+        if self._stack.relay is None:
             self._stack.start_relay()
         for each in [each for each in self._stack.allocations if each.over]:
             self._stack.bury(each)
@@ -274,7 +276,7 @@ def run(
         status = stack.stop_relay()
         if status != 0:
             raise Unexpected(f"the relay stopped with {status}")
-        report.audit = audit(stack.data_dir, told=load.right, results=load.right)
+        report.audit = audit(stack.data_dir, told=load.right, right=load.right)
     report.sent_again = load.sent_again
     report.faults = [*load.faults, *report.audit.faults]
     return report

@@ -45,11 +45,20 @@ print(json.dumps({"times": times, "took": time.perf_counter() - began}), flush=T
 """
 
 
-def _clients(environ: dict[str, str], clients: int, count: int, how: str) -> tuple[list[float], float]:
+def _clients(
+    environ: dict[str, str], clients: int, count: int, how: str
+) -> tuple[list[float], float]:
     """Latencies in seconds of all clients, and requests per second."""
     command = [sys.executable, "-W", "ignore", "-c", _CLIENT, str(count), how]
     running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ)
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environ,
+        )
         for _ in range(clients)
     ]
     for each in running:
@@ -75,14 +84,23 @@ def main(argv: list[str]) -> int:
     """`latency [--count N] [--executors N] [--threads N]`."""
     parser = argparse.ArgumentParser(prog="bench latency", description=__doc__)
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--executors", type=int, default=1, help="requests that the worker runs at a time")
-    parser.add_argument("--threads", type=int, default=0, help="compute threads of an executor; 0: torch's choice")
+    parser.add_argument(
+        "--executors", type=int, default=1, help="requests that the worker runs at a time"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="compute threads of an executor; 0: torch's choice"
+    )
     parser.add_argument("--ready", type=int, default=2, help="executors held ready")
     given = parser.parse_args(argv)
     engine = EngineFacts(threads=given.threads, ready=given.ready, log_level="warning")
     with tempfile.TemporaryDirectory(prefix="edif-bench-") as folder:
         model = build_tiny_gpt2(Path(folder) / "model")
-        with Stack(root=Path(folder) / "stack", models={_REPO: model}, settings={"log_level": "warning"}, engine=engine) as stack:
+        with Stack(
+            root=Path(folder) / "stack",
+            models={_REPO: model},
+            settings={"log_level": "warning"},
+            engine=engine,
+        ) as stack:
             stack.deploy(_REPO, executors=given.executors)
             stack.launch()
             stack.wait_warm()
@@ -93,5 +111,13 @@ def main(argv: list[str]) -> int:
             )
             print(_row("local, 1 client", *_clients(environ, 1, given.count, "local")))  # noqa: T201
             print(_row("remote, 1 client", *_clients(environ, 1, given.count, "remote")))  # noqa: T201
-            print(_row("remote, 8 clients", *_clients(environ, 8, max(10, given.count // 4), "remote")))  # noqa: T201
+            print(
+                _row(
+                    "remote, 8 clients", *_clients(environ, 8, max(10, given.count // 4), "remote")
+                )
+            )  # noqa: T201
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

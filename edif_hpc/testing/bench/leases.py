@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import hashlib
 import secrets
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,7 +38,13 @@ class _Peer:
     def __init__(self, *, endpoint: str, server_key: str, keys: KeyPair) -> None:
         self.done = 0
         self.warm = asyncio.Event()
-        self._dealer = Dealer(endpoint=endpoint, server_key=server_key, keys=keys, on_batch=self._received, on_event=lambda *_: None)
+        self._dealer = Dealer(
+            endpoint=endpoint,
+            server_key=server_key,
+            keys=keys,
+            on_batch=self._received,
+            on_event=lambda *_: None,
+        )
         self._send(m.Hello(versions=[1], nonce=secrets.token_hex(8), state="warm"))
 
     def pull(self) -> None:
@@ -57,7 +64,13 @@ class _Peer:
             message = codec.decode_from_relay(frame)
             if isinstance(message, m.Grant):
                 self._send(m.Started(request=message.request, attempt=message.attempt))
-                done = m.Done(request=message.request, attempt=message.attempt, size=len(_RESULT), inline=_RESULT, meta={"runtime": 0.001})
+                done = m.Done(
+                    request=message.request,
+                    attempt=message.attempt,
+                    size=len(_RESULT),
+                    inline=_RESULT,
+                    meta={"runtime": 0.001},
+                )
                 self._send(done)
             elif isinstance(message, m.Ack):
                 self.done += 1
@@ -74,8 +87,17 @@ def _fill(database: Path, count: int, model_key: str) -> None:
     def accept(opened: Store) -> None:
         for number in range(count):
             new = NewRequest(
-                id=secrets.token_hex(16), owner=f"owner{number % 4}", deployment="tiny", model_key=model_key, compress=True, env={},
-                blob_bytes=len(_BLOB), blob_sha256=digest, limits=Limits(), accepted_at=now, expires_at=now + 86400,
+                id=secrets.token_hex(16),
+                owner=f"owner{number % 4}",
+                deployment="tiny",
+                model_key=model_key,
+                compress=True,
+                env={},
+                blob_bytes=len(_BLOB),
+                blob_sha256=digest,
+                limits=Limits(),
+                accepted_at=now,
+                expires_at=now + 86400,
             )
             opened.accept(new, _BLOB)
 
@@ -85,13 +107,24 @@ def _fill(database: Path, count: int, model_key: str) -> None:
 
 async def _drive(stack: Stack, workers: int, count: int) -> float:
     peers = []
-    made = stack.operator.post("/allocations", {"deployment": "tiny", "site": "local", "slots": workers})["allocations"]
+    made = stack.operator.post(
+        "/allocations", {"deployment": "tiny", "site": "local", "slots": workers}
+    )["allocations"]
     async with httpx.AsyncClient(timeout=60.0) as http:
         for each in made:
             keys, pilot = KeyPair.generate(), KeyPair.generate()
-            body = {"join_token": each["join_token"], "worker_key": keys.public, "pilot_key": pilot.public, "node": "bench"}
-            joined = (await http.post(f"{stack.url}/api/join", json=body)).raise_for_status().json()
-            peers.append(_Peer(endpoint=joined["endpoint"], server_key=joined["server_key"], keys=keys))
+            body = {
+                "join_token": each["join_token"],
+                "worker_key": keys.public,
+                "pilot_key": pilot.public,
+                "node": "bench",
+            }
+            joined = (
+                (await http.post(f"{stack.url}/api/join", json=body)).raise_for_status().json()
+            )
+            peers.append(
+                _Peer(endpoint=joined["endpoint"], server_key=joined["server_key"], keys=keys)
+            )
     for peer in peers:
         await asyncio.wait_for(peer.warm.wait(), 30.0)
     began = time.perf_counter()
@@ -99,7 +132,9 @@ async def _drive(stack: Stack, workers: int, count: int) -> float:
         peer.pull()
     while sum(peer.done for peer in peers) < count:
         if time.perf_counter() - began > 300.0:
-            raise TimeoutError(f"{sum(peer.done for peer in peers)} of {count} requests were done after 300 s")
+            raise TimeoutError(
+                f"{sum(peer.done for peer in peers)} of {count} requests were done after 300 s"
+            )
         await asyncio.sleep(0.005)  # the clock of a measurement, not a condition of a test
     took = time.perf_counter() - began
     for peer in peers:
@@ -109,7 +144,10 @@ async def _drive(stack: Stack, workers: int, count: int) -> float:
 
 def measure(workers: int, count: int) -> float:
     """Cycles per second."""
-    with tempfile.TemporaryDirectory(prefix="edif-bench-") as folder, Stack(root=Path(folder) / "stack", settings={"log_level": "warning"}) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="edif-bench-") as folder,
+        Stack(root=Path(folder) / "stack", settings={"log_level": "warning"}) as stack,
+    ):
         key = stack.deploy("edif/none", name="tiny", replicas=workers)
         stack.stop_relay()
         _fill(stack.data_dir / "queue.sqlite", count, key)
@@ -122,8 +160,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench leases", description=__doc__)
     parser.add_argument("--requests", type=int, default=6000)
     given = parser.parse_args(argv)
-    print("durable lease + done over CURVE, no-op workers (fsync per commit: yes, CURVE: yes, isolation: none)")  # noqa: T201
+    print(
+        "durable lease + done over CURVE, no-op workers (fsync per commit: yes, CURVE: yes, isolation: none)"
+    )  # noqa: T201
     for workers in (1, 16):
         rate = measure(workers, given.requests)
         print(f"  {workers:2d} worker(s): {rate:7.0f} /s")  # noqa: T201
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

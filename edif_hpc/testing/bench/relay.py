@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +18,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--starts", type=int, default=5)
     given = parser.parse_args(argv)
     starts = []
-    with tempfile.TemporaryDirectory(prefix="edif-bench-") as folder, Stack(root=Path(folder) / "stack") as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="edif-bench-") as folder,
+        Stack(root=Path(folder) / "stack") as stack,
+    ):
         for _ in range(given.starts):
             stack.stop_relay()
             began = time.perf_counter()
@@ -26,7 +30,9 @@ def main(argv: list[str]) -> int:
         relays = stack.processes("relay")
         memory = sum(_rss_bytes(each.pid) for each in relays)
         print("the relay at rest")  # noqa: T201
-        print(f"  processes {len(relays)}   memory {memory / 2**20:.0f} MiB   up in {statistics.median(starts):.2f} s")  # noqa: T201
+        print(
+            f"  processes {len(relays)}   memory {memory / 2**20:.0f} MiB   up in {statistics.median(starts):.2f} s"
+        )  # noqa: T201
     return 0
 
 
@@ -35,3 +41,7 @@ def _rss_bytes(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

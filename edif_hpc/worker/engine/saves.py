@@ -17,7 +17,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -184,10 +185,22 @@ def _write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
         _save(saves, store, module)
         return
     counter = Counter()
-    _save(saves, counter, module)
+    with _no_checksums():
+        _save(saves, counter, module)
     frame = Compressed(store, counter.size)
     _save(saves, frame, module)
     frame.finish()
+
+
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """Let `torch.save` leave out its CRCs, which change no length: for bytes that nobody keeps."""
+    usual = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(usual)
 
 
 def _save(saves: dict[str, Any], sink: Sink, module: Any) -> None:

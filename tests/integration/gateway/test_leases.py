@@ -32,7 +32,7 @@ async def test_a_request_runs_and_its_result_is_stored(world: World) -> None:
     assert row.meta["runtime"] >= 0
     assert row.meta["queued_s"] >= 0
     assert world.relay.ends(request) == ["completed"]
-    statuses = [each.status for each in world.relay.updates(request)]
+    statuses = [each.status for each in world.relay.told[request]]
     assert statuses[-1] == "COMPLETED"
     assert "RUNNING" in statuses
 
@@ -90,7 +90,7 @@ async def test_a_done_that_is_repeated_is_acknowledged_again(world: World) -> No
     peer.say(done)
     assert (await peer.hears(m.Ack, nth=2)).accepted
     assert len(world.relay.disk.charges()) == 1
-    assert sum(each.final for each in world.relay.updates(request)) == 1
+    assert sum(each.final for each in world.relay.told[request]) == 1
 
 
 async def test_a_grant_that_did_not_arrive_is_granted_again(world: World) -> None:
@@ -172,15 +172,15 @@ async def test_drain_finishes_what_runs_and_gives_the_rest_back(world: World) ->
 
 async def test_an_order_to_drain_outlives_the_relay(world: World) -> None:
     """The order is a row: a worker that missed it hears it with its next Welcome."""
-    worker = await world.worker()
-    await world.relay.stop()
-    await world.relay.start()
-    world.relay.core.gateway.drain_worker = lambda *_: None  # type: ignore[method-assign]
-    fleet = world.relay.core.fleet
-    fleet._orders.drain_worker = lambda *_: None  # type: ignore[union-attr,method-assign]
-    await fleet.drain(None, worker.allocation)
+    keys, _, allocation = await world.relay.join()
+    peer = await world.peer(keys)
+    await peer.greet()
+    assert not (await peer.hears(m.Welcome)).drain
+    await world.relay.core.fleet.drain(None, allocation)
+    await peer.hears(m.Drain)  # and from here on it pretends that it did not
     await world.relay.restart()
-    assert await worker.exit == 0
+    await peer.greet()
+    assert (await peer.hears(m.Welcome, nth=2)).drain
 
 
 async def test_cancel_kills_the_run_and_frees_its_seat(world: World) -> None:
@@ -237,8 +237,8 @@ async def test_what_a_run_prints_reaches_its_client(world: World) -> None:
     worker.engine.say(request, "ü" * 40_000)
     worker.engine.end(request, saved(b"r"))
     await world.relay.ended(request)
-    await until(lambda: world.relay.updates(request)[-1].final, "the end is told")
-    told = world.relay.updates(request)
+    await until(lambda: world.relay.told[request][-1].final, "the end is told")
+    told = world.relay.told[request]
     logs = [each.description for each in told if each.status == "LOG"]
     assert "".join(logs) == "hello\n" + "ü" * 40_000
     assert told[-1].data == b"r"
@@ -265,11 +265,11 @@ async def test_positions_are_told(world: World) -> None:
     running = await world.relay.accept()
     await world.runs(worker, running)
     waiting = [await world.relay.accept() for _ in range(3)]
-    last = world.relay.updates(waiting[-1])[-1]
+    last = world.relay.told[waiting[-1]][-1]
     assert (last.status, last.description) == ("QUEUED", "in the queue of tiny, 2 ahead")
     worker.engine.end(running, saved(b"r"))
     await world.runs(worker, waiting[0])
     await until(
-        lambda: world.relay.updates(waiting[-1])[-1].description.endswith("1 ahead"),
+        lambda: world.relay.told[waiting[-1]][-1].description.endswith("1 ahead"),
         "the queue moves up",
     )

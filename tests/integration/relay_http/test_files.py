@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING
 
@@ -130,7 +129,6 @@ def test_parts_become_an_object(relay: Relay) -> None:
             answer = client.put(urls[number - 1], content=pieces[number - 1])
             assert answer.status_code == 200, answer.text
             etag = answer.headers["etag"]
-            assert etag.strip('"') == hashlib.md5(pieces[number - 1]).hexdigest()
             parts.append(UploadedPart(number=number, etag=etag))
         relay.run(relay.objects.complete(upload, parts, len(data)))
         assert client.get(relay.link("GET", "/objects/r/1")).content == data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 import httpx
@@ -310,8 +310,13 @@ async def test_stopping_leaves_nothing_running(make_way: MakeWay, proxy: FaultyP
 async def test_a_refusal_says_what_the_store_said(make_way: MakeWay) -> None:
     way = await make_way()
     transfer = Transfer()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"data"
+
+    nowhere = f"{way.place.endpoint}/no-such-bucket/x?partNumber=1&uploadId=y"
     with pytest.raises(Unavailable, match="HTTP 404 .*NoSuchBucket"):
-        await transfer.put(f"{way.place.endpoint}/no-such-bucket/x?partNumber=1&uploadId=y", b"data")
+        await transfer.put(nowhere, body(), 4)
     await transfer.close()
 
 

@@ -17,6 +17,7 @@ import msgpack
 import nnsight
 import pytest
 
+from edif_hpc.worker.engine import landlock
 from edif_hpc.worker.engine.values import FailureKind, Level, Limits
 from tests.integration.worker.conftest import KEY, Service, serving
 from tests.integration.worker.test_fidelity import trace
@@ -116,6 +117,12 @@ async def test_what_is_denied(walled: Service, tmp_path: Path) -> None:
     status = dict(line.split(":\t", 1) for line in values["status"].splitlines() if ":\t" in line)
     assert status["NoNewPrivs"] == "1"
     assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")} == {0}
+
+
+async def test_what_the_kernel_offers_is_used(service: Service) -> None:
+    if landlock.abi() == 0:
+        pytest.skip("this kernel has no Landlock")
+    assert service.info.isolation.level is not Level.PROCESS, service.info.isolation.missing
 
 
 async def test_the_steps_come_in_order_and_before_ready(walled: Service) -> None:

@@ -31,8 +31,8 @@ def test_only_crashes_and_unknown_causes_spend_the_budget(end: LeaseEnd) -> None
         (CRASH_BUDGET - 1, LeaseEnd.EXECUTOR_CRASH, 0, None, ""),
         (CRASH_BUDGET - 1, LeaseEnd.WORKER_LOST, QUARANTINE_WORKERS - 1, None, ""),
         (CRASH_BUDGET, LeaseEnd.EXECUTOR_CRASH, 0, FailureKind.CRASH, "died 3 times"),
-        (CRASH_BUDGET, LeaseEnd.UNKNOWN, 1, FailureKind.CRASH, "last: unknown"),
-        (CRASH_BUDGET, LeaseEnd.OOM, 0, FailureKind.OOM, "budget is 3"),
+        (CRASH_BUDGET, LeaseEnd.UNKNOWN, 1, FailureKind.CRASH, "last time: unknown"),
+        (CRASH_BUDGET, LeaseEnd.OOM, 0, FailureKind.OOM, "last time: oom"),
         (2, LeaseEnd.WORKER_LOST, QUARANTINE_WORKERS, FailureKind.CRASH, "quarantined: 2 workers"),
         (CRASH_BUDGET, LeaseEnd.WORKER_LOST, 2, FailureKind.CRASH, "quarantined"),
     ],
@@ -47,7 +47,17 @@ def test_the_verdict(
     assert failure is not None
     assert failure.kind is kind
     assert words in failure.message
-    assert failure.details == {"attempts_lost": crashes, "cause": str(end), "node": "n1"}
+    assert failure.details == {"attempts_lost": crashes, "ended_by": str(end), "node": "n1"}
+
+
+def test_the_verdict_quotes_the_evidence() -> None:
+    evidence = {"cause": "killed by signal 11"}
+    failure = verdict(
+        crashes=CRASH_BUDGET, end=LeaseEnd.EXECUTOR_CRASH, workers_killed=0, evidence=evidence
+    )
+    assert failure is not None
+    assert "killed by signal 11" in failure.message
+    assert failure.details["cause"] == "killed by signal 11"
 
 
 def test_a_lease_expires_unless_it_is_renewed() -> None:

@@ -24,6 +24,7 @@ from edif_hpc.worker.engine.messages import (
     Exited,
     Fork,
     Forked,
+    Load,
     Log,
     Message,
     Ready,
@@ -135,18 +136,31 @@ async def test_descriptors_stay_with_their_message() -> None:
     channel.close()
 
 
-async def test_orders_sent_at_once_all_arrive() -> None:
+async def test_large_orders_sent_at_once_do_not_mix() -> None:
+    """Each is larger than the socket takes at a time, so every sender has to wait in the middle."""
     ours, channel = pair()
     orderer = AsyncChannel(ours, accepts=FROM_ZYGOTE, receive_limit=1 << 20)
-    orders = [Fork(executor=number) for number in range(20)]
+    load = Load(
+        model_key="k" * 1_000_000, folder="/", commit=None, dtype="auto", device="cpu", threads=1,
+        scratch="/", ceiling="full", floor="full",
+    )  # fmt: skip
+    orders: list[Message] = [load, Fork(executor=1), load, Fork(executor=2), load]
     fds = [os.dup(0), os.dup(0)]
-    await asyncio.gather(*(orderer.send(order, fds) for order in orders))
-    for order in orders:
-        message, taken = channel.receive()
-        assert message == order
-        assert len(taken) == 2
-        for fd in taken:
-            os.close(fd)
+
+    def receive_all() -> list[tuple[Message, int]]:
+        arrived = []
+        for _ in orders:
+            message, taken = channel.receive()
+            arrived.append((message, len(taken)))
+            for fd in taken:
+                os.close(fd)
+        return arrived
+
+    receiving = asyncio.create_task(asyncio.to_thread(receive_all))
+    await asyncio.gather(
+        *(orderer.send(order, fds if isinstance(order, Fork) else ()) for order in orders)
+    )
+    assert await receiving == [(order, 2 if isinstance(order, Fork) else 0) for order in orders]
     for fd in fds:
         os.close(fd)
     orderer.close()
