@@ -86,7 +86,9 @@ class DirectoryStore:
             if not source.exists():
                 if target.is_file() and target.stat().st_size == size_bytes:
                     return
-                raise NotFound(f"the upload of {upload.key} is over, and is not {size_bytes} bytes")
+                raise NotFound(
+                    f"the upload of {upload.key} is over, and is not {size_bytes} bytes"
+                )
             with _open_existing(source) as fd:
                 found = os.fstat(fd).st_size
                 if found != size_bytes or len(parts) != -(-size_bytes // self.part_bytes):
@@ -231,5 +233,9 @@ def sync_folder(folder: Path) -> None:
 
 def disk_error(root: Path, error: OSError) -> StoreUnavailable:
     """What a failed write means to a person."""
-    hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder's permissions and its disk"
+    hint = (
+        "free some space"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "check the folder's permissions and its disk"
+    )
     return StoreUnavailable(f"cannot write below {root}: {error.strerror}; {hint}, then try again")

@@ -124,7 +124,9 @@ class S3Store:
     async def begin(self, key: str) -> Upload:
         """Start a multipart upload."""
         path = self._path(key)
-        made = await self._call("create_multipart_upload", Key=path, ContentType="application/octet-stream")
+        made = await self._call(
+            "create_multipart_upload", Key=path, ContentType="application/octet-stream"
+        )
         return Upload(key=key, handle=made["UploadId"], part_bytes=self.part_bytes)
 
     async def resume(self, key: str) -> Upload | None:
@@ -137,12 +139,21 @@ class S3Store:
         return Upload(key=key, handle=handles[-1], part_bytes=self.part_bytes)
 
     async def part_urls(
-        self, upload: Upload, first: int, count: int, *, base_url: str  # noqa: ARG002 - the store has its own
+        self,
+        upload: Upload,
+        first: int,
+        count: int,
+        *,
+        base_url: str,  # noqa: ARG002 - the store has its own
     ) -> list[str]:
         """Signed PUT URLs of the bucket, as workers reach it."""
         urls = []
         for number in range(first, first + count):
-            facts = {"Key": self._path(upload.key), "UploadId": upload.handle, "PartNumber": number}
+            facts = {
+                "Key": self._path(upload.key),
+                "UploadId": upload.handle,
+                "PartNumber": number,
+            }
             urls.append(await self._sign(self._workers, "upload_part", facts))
             await asyncio.sleep(0)  # signing computes, and others wait for the loop
         return urls
@@ -182,7 +193,9 @@ class S3Store:
     async def abort(self, upload: Upload) -> None:
         """Abort it, and let the store free its parts."""
         try:
-            await self._call("abort_multipart_upload", Key=self._path(upload.key), UploadId=upload.handle)
+            await self._call(
+                "abort_multipart_upload", Key=self._path(upload.key), UploadId=upload.handle
+            )
         except NotFound:
             return
 
@@ -214,7 +227,9 @@ class S3Store:
         async for found in self._pages("list_multipart_uploads", self._place.prefix):
             for each in _from_before(found.get("Uploads", ()), "Initiated", uploads_before):
                 key = each["Key"].removeprefix(self._place.prefix)
-                await self.abort(Upload(key=key, handle=each["UploadId"], part_bytes=self.part_bytes))
+                await self.abort(
+                    Upload(key=key, handle=each["UploadId"], part_bytes=self.part_bytes)
+                )
                 swept += 1
         async for found in self._pages("list_objects_v2", self._place.prefix):
             for each in _from_before(found.get("Contents", ()), "LastModified", objects_before):
@@ -237,11 +252,15 @@ class S3Store:
 
     async def _call(self, operation: str, **facts: Any) -> dict[str, Any]:
         with self._told(operation):
-            answer: dict[str, Any] = await getattr(self._calls, operation)(Bucket=self._place.bucket, **facts)
+            answer: dict[str, Any] = await getattr(self._calls, operation)(
+                Bucket=self._place.bucket, **facts
+            )
             return answer
 
     async def _pages(self, operation: str, prefix: str) -> AsyncIterator[dict[str, Any]]:
-        pages = self._calls.get_paginator(operation).paginate(Bucket=self._place.bucket, Prefix=prefix)
+        pages = self._calls.get_paginator(operation).paginate(
+            Bucket=self._place.bucket, Prefix=prefix
+        )
         with self._told(operation):
             async for page in pages:
                 yield page
@@ -288,7 +307,9 @@ async def _client(place: Place, endpoint: str) -> Any:
     return await system.set_session()
 
 
-def _from_before(entries: Sequence[dict[str, Any]], name: str, before: float) -> Iterator[dict[str, Any]]:
+def _from_before(
+    entries: Sequence[dict[str, Any]], name: str, before: float
+) -> Iterator[dict[str, Any]]:
     for each in entries:
         moment: datetime = each[name]
         if moment.timestamp() < before:

@@ -27,9 +27,13 @@ class Signer:
     def check(self, method: str, path: str, expires: str, signature: str, now: float) -> None:
         """Raise `NotPermitted` unless the link is ours and in force."""
         if not hmac.compare_digest(self._sign(method, path, expires).encode(), signature.encode()):
-            raise NotPermitted("the link's signature is wrong; ask for a new link (poll the request again)")
+            raise NotPermitted(
+                "the link's signature is wrong; ask for a new link (poll the request again)"
+            )
         if int(expires) < now:
             raise NotPermitted("the link has expired; ask for a new one (poll the request again)")
 
     def _sign(self, method: str, path: str, stamp: str) -> str:
-        return hmac.new(self.secret, f"{method}\n{path}\n{stamp}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self.secret, f"{method}\n{path}\n{stamp}".encode(), hashlib.sha256
+        ).hexdigest()

@@ -170,7 +170,7 @@ class Broker:
         out = []
         for entry in self._board.open.values():
             request = entry.request
-            if entry.busy or not self._leasing.waits(request):
+            if entry.busy or not self._leasing.waits(entry):
                 continue
             if request.state is RequestState.QUEUED and request.expires_at <= wall:
                 out.append(

@@ -188,6 +188,7 @@ class Leasing:
         holding = worker.leases.get(request_id)
         if entry is None or holding is None or entry.busy:
             return
+        entry.begun = attempt
         if holding.started_at is None:
             holding.seen, holding.started_at = True, self._clock.monotonic()
         if entry.request.state is RequestState.RUNNING:
@@ -276,9 +277,8 @@ class Leasing:
         request, holder, now = entry.request, entry.request.holder, self._clock.wall()
         if entry.busy or holder is None:
             return
-        holding = self._fleet.let_go(holder, request.id, request.attempt)
-        begun = holding is not None and holding.started_at is not None
-        if spends_budget(end) and not begun and request.state is not RequestState.RUNNING:
+        self._fleet.let_go(holder, request.id, request.attempt)
+        if spends_budget(end) and self.waits(entry):
             end = LeaseEnd.RELEASED  # what had not begun cannot have killed anyone
         entry.busy = True
         self.forget(request.id)
@@ -313,13 +313,11 @@ class Leasing:
         if not self.match(changed.deployment):
             self._board.show_waiting(entry, why=end)
 
-    def waits(self, request: Request) -> bool:
-        """Whether it has not begun: it is queued, or a worker has it ahead of its turn."""
-        if request.state is not RequestState.DISPATCHED:
-            return request.state is RequestState.QUEUED
-        worker = self._fleet.workers.get(request.holder or "")
-        holding = worker.leases.get(request.id) if worker is not None else None
-        return holding is not None and holding.started_at is None
+    def waits(self, entry: Open) -> bool:
+        """Whether it has not begun: it is queued, or a worker has it and has not started."""
+        request = entry.request
+        unstarted = request.state is RequestState.DISPATCHED and entry.begun != request.attempt
+        return unstarted or request.state is RequestState.QUEUED
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 

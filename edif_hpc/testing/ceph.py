@@ -31,7 +31,15 @@ from edif_hpc.objects.s3 import Place, S3Store
 from edif_hpc.testing.wait import wait_until
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
-PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool", "ceph")
+PROGRAMS = (
+    "ceph-mon",
+    "ceph-osd",
+    "radosgw",
+    "radosgw-admin",
+    "ceph-authtool",
+    "monmaptool",
+    "ceph",
+)
 DAEMONS = ("mon.a", "osd.0", "client.rgw")
 _CLUSTER = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000001"
 _DISK = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000002"
@@ -110,13 +118,20 @@ class S3Server:
 
     def place(self, bucket: str, **facts: Any) -> Place:
         """A bucket of this server, as the object store wants it described."""
-        described = {"endpoint": self.url, "access_key": self.access_key, "secret_key": self.secret_key}
+        described = {
+            "endpoint": self.url,
+            "access_key": self.access_key,
+            "secret_key": self.secret_key,
+        }
         return Place(bucket=bucket, **{**described, **facts})
 
     def settings(self, bucket: str) -> dict[str, str]:
         """The relay's settings for a bucket of this server."""
         return {
-            "s3_bucket": bucket, "s3_endpoint": self.url, "s3_access_key": self.access_key, "s3_secret_key": self.secret_key,
+            "s3_bucket": bucket,
+            "s3_endpoint": self.url,
+            "s3_access_key": self.access_key,
+            "s3_secret_key": self.secret_key,
         }
 
     def limit(self, size_bytes: int | None) -> None:
@@ -166,7 +181,11 @@ def _install() -> None:
         )
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     _run(["apt-get", "update", "-qq"], quiet, timeout_s=300)
-    _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], quiet, timeout_s=600)
+    _run(
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+        quiet,
+        timeout_s=600,
+    )
 
 
 def _start(server: S3Server) -> None:
@@ -174,24 +193,59 @@ def _start(server: S3Server) -> None:
     for name in ("mon", "osd", "rgw", "run", "log"):
         (root / name).mkdir(parents=True, mode=0o755)
     conf = _CONF.format(
-        cluster=_CLUSTER, mon=mon[0], mon_v1=mon[1], root=root, port=server.port,
+        cluster=_CLUSTER,
+        mon=mon[0],
+        mon_v1=mon[1],
+        root=root,
+        port=server.port,
         store_bytes=_STORE_BYTES,
     )
     (root / "ceph.conf").write_text(conf)
     env = _environment(root)
     _make_keys(root, env)
     address = f"[v2:127.0.0.1:{mon[0]},v1:127.0.0.1:{mon[1]}]"
-    _run(["monmaptool", "--create", "--clobber", "--addv", "a", address, "--fsid", _CLUSTER, str(root / "monmap")], env)
-    _run(["ceph-mon", "--mkfs", "-i", "a", "--monmap", str(root / "monmap"), "--keyring", str(root / "keyring")], env)
+    _run(
+        [
+            "monmaptool",
+            "--create",
+            "--clobber",
+            "--addv",
+            "a",
+            address,
+            "--fsid",
+            _CLUSTER,
+            str(root / "monmap"),
+        ],
+        env,
+    )
+    _run(
+        [
+            "ceph-mon",
+            "--mkfs",
+            "-i",
+            "a",
+            "--monmap",
+            str(root / "monmap"),
+            "--keyring",
+            str(root / "keyring"),
+        ],
+        env,
+    )
     _run(["ceph-mon", "-i", "a"], env)
     _run(["ceph", "osd", "create", _DISK], env)
     _run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env)
     _run(["ceph-osd", "-i", "0"], env)
-    wait_until(lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up")
+    wait_until(
+        lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up"
+    )
     _run(["radosgw", "-n", "client.rgw"], env)
     wait_until(lambda: _answers(server.url), _START_S, "the gateway answers")
     server.admin(
-        "user", "create", f"--uid={server.user}", "--display-name=edif", f"--access-key={server.access_key}",
+        "user",
+        "create",
+        f"--uid={server.user}",
+        "--display-name=edif",
+        f"--access-key={server.access_key}",
         f"--secret-key={server.secret_key}",
     )
 
@@ -199,7 +253,20 @@ def _start(server: S3Server) -> None:
 def _make_keys(root: Path, env: Mapping[str, str]) -> None:
     keyring = str(root / "keyring")
     all_caps = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
-    _run(["ceph-authtool", keyring, "--create-keyring", "-n", "mon.", "--gen-key", "--cap", "mon", "allow *"], env)
+    _run(
+        [
+            "ceph-authtool",
+            keyring,
+            "--create-keyring",
+            "-n",
+            "mon.",
+            "--gen-key",
+            "--cap",
+            "mon",
+            "allow *",
+        ],
+        env,
+    )
     for name in ("client.admin", "client.rgw", "osd.0"):
         _run(["ceph-authtool", keyring, "-n", name, "--gen-key", *all_caps], env)
 
@@ -222,13 +289,22 @@ def _pid(root: Path, daemon: str) -> int | None:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "CEPH_CONF": str(root / "ceph.conf"), "CEPH_ARGS": "", "HOME": str(root)}
+    return {
+        "PATH": os.environ["PATH"],
+        "CEPH_CONF": str(root / "ceph.conf"),
+        "CEPH_ARGS": "",
+        "HOME": str(root),
+    }
 
 
 def _run(command: list[str], env: Mapping[str, str], *, timeout_s: float = _START_S) -> str:
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
     if done.returncode != 0:
-        raise LaunchError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise LaunchError(
+            f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
     return done.stdout
 
 

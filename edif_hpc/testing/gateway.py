@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,7 @@ T = TypeVar("T")
 WAIT_S = 30.0
 LEASE_S, HEARTBEAT_S = 3.0, 0.2
 PART_BYTES = 64 << 10
+_AGAIN_S = 1.0
 MODEL_KEY = "nnsight.modeling.transformers.TransformersModel:{}"
 
 
@@ -285,11 +286,18 @@ class Peer:
     async def greet(
         self, *, window: int = 1, held: list[m.Held] | None = None, nonce: str = "n"
     ) -> None:
-        """Become a warm worker."""
-        welcomes = sum(isinstance(each, m.Welcome) for each in self.heard)
-        self.say(m.Hello(versions=[1], nonce=nonce, held=held or [], state="warm"))
-        await self.hears(m.Welcome, nth=welcomes + 1)
+        """Become a warm worker; a Hello into a connection that broke is lost, so it is repeated."""
+        hello = m.Hello(versions=[1], nonce=nonce, held=held or [], state="warm")
+        before = self._welcomes()
+        for _ in range(int(WAIT_S / _AGAIN_S)):
+            self.say(hello)
+            with suppress(TimeoutError):
+                await wait_until_async(lambda: self._welcomes() > before, _AGAIN_S, "a Welcome")
+                break
         self.say(m.Pull(window=window, executors=1))
+
+    def _welcomes(self) -> int:
+        return sum(isinstance(each, m.Welcome) for each in self.heard)
 
     async def close(self) -> None:
         """Hang up."""

@@ -83,7 +83,7 @@ class NoopEngine:
         )
 
     async def run(
-        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]  # noqa: ARG002 - all at once
+        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
     ) -> Outcome:
         """Do what the blob says."""
         blob = job.blob if isinstance(job.blob, bytes) else await asyncio.to_thread(job.blob.read_bytes)

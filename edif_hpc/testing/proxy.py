@@ -1,10 +1,14 @@
-"""A network between a client and the relay that can be slow, and that can break.
+"""A network between a client and a server that can be slow, and that can break.
 
     with Proxy(port) as proxy:
-        ... proxy.url instead of the relay's ...
+        ... proxy.url instead of the server's ...
         proxy.upload_bytes_per_s = 100_000     # a thin line
         proxy.cut()                            # all connections are reset
         proxy.cut_after(50 << 20)              # the next download breaks after so many bytes
+        proxy.cut_uploads(3 << 20, times=4)    # the next four uploads break after so many bytes
+        proxy.refuse()                         # every connection is reset, open or new
+        proxy.hang()                           # nothing passes, and nobody is told
+        proxy.heal()                           # no more refusing, hanging, cutting of uploads
 
 Plain TCP, one thread a direction, nothing is looked into.
 """
@@ -32,8 +36,13 @@ class Proxy:
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         self._left: int | None = None
+        self._cuts, self._cut_bytes = 0, 0
+        self._refuses = False
+        self._flows = threading.Event()
+        self._flows.set()
         self._lock = threading.Lock()
         self.upload_bytes_per_s: float | None = None
+        self.connections = 0
         self.uploaded = 0
         self.downloaded = 0
 
@@ -56,9 +65,30 @@ class Proxy:
         with self._lock:
             self._left = size_bytes
 
+    def cut_uploads(self, size_bytes: int, *, times: int) -> None:
+        """Reset the next connections on which a client has sent so many bytes."""
+        with self._lock:
+            self._cuts, self._cut_bytes = times, size_bytes
+
+    def refuse(self) -> None:
+        """Reset every connection, also those that come."""
+        self._refuses = True
+        self.cut()
+
+    def hang(self) -> None:
+        """Accept connections, and pass nothing."""
+        self._flows.clear()
+
+    def heal(self) -> None:
+        """Pass everything again."""
+        self._refuses = False
+        self.cut_uploads(0, times=0)
+        self._flows.set()
+
     def close(self) -> None:
         """End it."""
         self._closing.set()
+        self.heal()
         _reset(self._listener)
         self.cut()
         for thread in self._threads:
@@ -74,24 +104,48 @@ class Proxy:
                 continue
             except OSError:
                 return
+            self.connections += 1
+            if self._refuses:
+                _reset(client)
+                _reset(server)
+                continue
             with self._lock:
                 self._pairs.append((client, server))
             self._spawn(self._up, client, server)
             self._spawn(self._down, server, client)
 
     def _up(self, client: socket.socket, server: socket.socket) -> None:
-        while (data := _read(client)) and _write(server, data):
+        sent = 0
+        while data := _read(client):
+            self._flows.wait()
+            sent += len(data)
+            if self._cuts_at(sent):
+                _reset(client)
+                _reset(server)
+                return
+            if not _write(server, data):
+                break
             self.uploaded += len(data)
             if self.upload_bytes_per_s is not None:
                 self._closing.wait(len(data) / self.upload_bytes_per_s)
         _shut(server)
 
     def _down(self, server: socket.socket, client: socket.socket) -> None:
-        while (data := _read(server)) and _write(client, data):
+        while data := _read(server):
+            self._flows.wait()
+            if not _write(client, data):
+                break
             self.downloaded += len(data)
             if self._spent(len(data)):
                 self.cut()
         _shut(client)
+
+    def _cuts_at(self, sent: int) -> bool:
+        with self._lock:
+            if not self._cuts or sent <= self._cut_bytes:
+                return False
+            self._cuts -= 1
+            return True
 
     def _spent(self, size: int) -> bool:
         with self._lock:
@@ -112,7 +166,12 @@ class Proxy:
         self._spawn(self._accept)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

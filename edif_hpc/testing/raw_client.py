@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
@@ -125,10 +126,12 @@ class RawSession:
 
     def __init__(self, client: RawClient) -> None:
         self._client = client
-        self.socket: ClientConnection = connect(
+        self._exit = ExitStack()
+        dial = connect(
             client.url.replace("http", "ws", 1) + "/subscribe", additional_headers={"ndif-api-key": client.token},
             max_size=None, compression=None, ping_interval=None, open_timeout=10,
         )
+        self.socket: ClientConnection = self._exit.enter_context(dial)
         self.id: str = json.loads(self.socket.recv(timeout=10))["session_id"]
 
     def send(self, blob: bytes, *, compress: bool = False, **headers: str) -> str:
@@ -154,4 +157,4 @@ class RawSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.socket.close()
+        self._exit.close()

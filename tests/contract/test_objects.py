@@ -38,7 +38,9 @@ class Room:
     store: ObjectStore
     http: httpx.AsyncClient
     again: Callable[[], Awaitable[ObjectStore]]  #: the store of a relay that was started anew
-    brief: Callable[[], Awaitable[ObjectStore]]  #: the same store, whose URLs are valid for a moment
+    brief: Callable[
+        [], Awaitable[ObjectStore]
+    ]  #: the same store, whose URLs are valid for a moment
     expire: Callable[[], None]  #: let that moment pass, where time is ours
 
     async def put(self, upload: Upload, pieces: list[bytes], first: int = 1) -> list[UploadedPart]:
@@ -87,7 +89,9 @@ async def directory_room(root: Path) -> AsyncIterator[Room]:
     made = await store()
     transport = httpx.ASGITransport(app=directory_app(made, signer, clock))
     async with httpx.AsyncClient(transport=transport) as http:
-        yield Room(store=made, http=http, again=store, brief=store, expire=lambda: clock.advance(2 * 3600))
+        yield Room(
+            store=made, http=http, again=store, brief=store, expire=lambda: clock.advance(2 * 3600)
+        )
 
 
 async def s3_room(server: S3Server, bucket: str) -> AsyncIterator[Room]:
@@ -100,7 +104,11 @@ async def s3_room(server: S3Server, bucket: str) -> AsyncIterator[Room]:
 
     async with httpx.AsyncClient(timeout=30) as http:
         yield Room(
-            store=await store(), http=http, again=store, brief=lambda: store(1.0), expire=lambda: None
+            store=await store(),
+            http=http,
+            again=store,
+            brief=lambda: store(1.0),
+            expire=lambda: None,
         )
     for each in opened:
         await each.close()

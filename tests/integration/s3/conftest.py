@@ -13,13 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edif_hpc.clock import SystemClock
+from edif_hpc.clock import Clock, SystemClock
 from edif_hpc.domain.request import Limits, Request, RequestState
 from edif_hpc.objects.s3 import Place, S3Store
 from edif_hpc.relay.board import Open
 from edif_hpc.relay.sealing import Sealing
 from edif_hpc.testing.ceph import S3Server
-from edif_hpc.testing.faulty import FaultyProxy
+from edif_hpc.testing.proxy import Proxy
 from edif_hpc.wire import messages as m
 from edif_hpc.worker.transfer import Transfer
 from edif_hpc.worker.uploading import Uploading, UploadRules
@@ -28,9 +28,9 @@ ATTEMPT = 1
 
 
 @pytest.fixture
-def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+def proxy(s3_server: S3Server) -> Iterator[Proxy]:
     """Between whoever is told its address and the store."""
-    with FaultyProxy(s3_server.port) as running:
+    with Proxy(s3_server.port) as running:
         yield running
 
 
@@ -41,6 +41,7 @@ class Way:
     place: Place
     folder: Path
     patience_s: float
+    clock: Clock
     store: S3Store
     entry: Open
     sealing: Sealing
@@ -73,7 +74,7 @@ class Way:
             return await self.sealing.urls(self.entry, need, "")
 
         rules = UploadRules(part_bytes=self.parts, patience_s=self.patience_s)
-        return Uploading(transfer=self.transfer, ask=ask, rules=rules, clock=SystemClock())
+        return Uploading(transfer=self.transfer, ask=ask, rules=rules, clock=self.clock)
 
     async def send(self) -> m.Done:
         """Bring the whole file up; returns what the worker says then."""
@@ -96,10 +97,13 @@ MakeWay = Callable[..., Awaitable[Way]]
 
 @pytest.fixture
 async def make_way(s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> AsyncIterator[MakeWay]:
-    """Make a way; keywords are of `Place`, and `patience_s`."""
+    """Make a way; keywords are of `Place`, and `patience_s` and `clock`."""
     async with AsyncExitStack() as stack:
 
-        async def make(*, patience_s: float = 30.0, **facts: object) -> Way:
+        async def make(
+            *, patience_s: float = 30.0, clock: Clock | None = None, **facts: object
+        ) -> Way:
+            used = clock or SystemClock()
             place = replace(s3_server.place(s3_bucket, prefix=f"{secrets.token_hex(4)}/"), **facts)  # type: ignore[arg-type]
 
             async def connect() -> S3Store:
@@ -110,7 +114,7 @@ async def make_way(s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> Async
             async def relay() -> None:
                 way.store = await connect()
                 way.entry = Open(request=way.entry.request)
-                way.sealing = Sealing(objects=way.store, clock=SystemClock(), patience_s=patience_s)
+                way.sealing = Sealing(objects=way.store, clock=used, patience_s=patience_s)
 
             store = await connect()
             transfer = Transfer(httpx.Timeout(2.0))
@@ -119,9 +123,10 @@ async def make_way(s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> Async
                 place=place,
                 folder=tmp_path,
                 patience_s=patience_s,
+                clock=used,
                 store=store,
                 entry=Open(request=request_of(secrets.token_hex(16))),
-                sealing=Sealing(objects=store, clock=SystemClock(), patience_s=patience_s),
+                sealing=Sealing(objects=store, clock=used, patience_s=patience_s),
                 transfer=transfer,
                 relay=relay,
             )

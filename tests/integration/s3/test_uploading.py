@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import httpx
@@ -13,8 +12,10 @@ import pytest
 from edif_hpc.domain.request import Failure, FailureKind
 from edif_hpc.errors import NotFound, Unavailable
 from edif_hpc.objects.s3 import LOOK_S
+from edif_hpc.relay.board import Open
 from edif_hpc.testing.ceph import S3Server
-from edif_hpc.testing.faulty import FaultyProxy
+from edif_hpc.testing.clock import ManualClock
+from edif_hpc.testing.proxy import Proxy
 from edif_hpc.testing.wait import wait_until_async
 from edif_hpc.wire import messages as m
 from edif_hpc.worker.transfer import Transfer
@@ -31,36 +32,37 @@ async def arrives(way: Way, data: bytes, done: m.Done) -> None:
     assert await way.fetch() == data
 
 
-async def test_three_names_of_one_store(make_way: MakeWay, s3_server: S3Server, proxy: FaultyProxy) -> None:
+async def test_three_names_of_one_store(
+    make_way: MakeWay, s3_server: S3Server, proxy: Proxy
+) -> None:
     """The relay, the workers and the researchers each reach the store by their own address."""
-    with FaultyProxy(s3_server.port) as public:
+    with Proxy(s3_server.port) as public:
         way = await make_way(worker_endpoint=proxy.url, public_endpoint=public.url)
         data = way.write(20 * MIB)
         await arrives(way, data, await way.send())
-        assert proxy.bytes_up > 20 * MIB
+        assert proxy.uploaded > 20 * MIB
         assert public.connections == 1
         url = await way.store.read_url(f"{way.entry.request.id}/1", base_url="")
-    assert url.startswith(public.url)
-    wrong_name = url.replace(public.url, s3_server.url)
-    answer = httpx.get(wrong_name)
-    assert answer.status_code == 403, "a URL is signed for the address that it names"
+        assert url.startswith(public.url)
+        other_name = url.replace(public.url, s3_server.url)
+    assert await status_of(other_name) == 403, "a URL is signed for the address that it names"
 
 
-async def test_parts_go_up_while_the_file_grows(make_way: MakeWay, proxy: FaultyProxy) -> None:
+async def test_parts_go_up_while_the_file_grows(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     data = way.write(2 * way.parts + 1000)
     uploading = way.uploading()
     uploading.grew(way.source, way.parts - 1)
     uploading.grew(way.source, 2 * way.parts)
-    await wait_until_async(lambda: proxy.bytes_up > 2 * way.parts, 20, "two parts are up")
-    assert proxy.bytes_up < 2 * way.parts + 10_000
+    await wait_until_async(lambda: proxy.uploaded > 2 * way.parts, 20, "two parts are up")
+    assert proxy.uploaded < 2 * way.parts + 10_000
     parts = await uploading.finish(way.source, len(data))
     assert [each.number for each in parts] == [1, 2, 3]
     done = m.Done(request=way.entry.request.id, attempt=1, size=len(data), parts=parts)
     await arrives(way, data, done)
 
 
-async def test_few_parts_are_in_memory(make_way: MakeWay, proxy: FaultyProxy) -> None:
+async def test_few_parts_are_in_memory(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     way.write(10 * way.parts)
     proxy.hang()
@@ -72,23 +74,25 @@ async def test_few_parts_are_in_memory(make_way: MakeWay, proxy: FaultyProxy) ->
 
 
 @pytest.mark.parametrize("fault", ["cut", "refused", "slow", "hanging"])
-async def test_a_fault_that_passes(make_way: MakeWay, proxy: FaultyProxy, fault: str) -> None:
+async def test_a_fault_that_passes(make_way: MakeWay, proxy: Proxy, fault: str) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     data = way.write(5 * way.parts)
     {
-        "cut": lambda: proxy.cut_after(3 * MIB, times=6),
+        "cut": lambda: proxy.cut_uploads(3 * MIB, times=6),
         "refused": proxy.refuse,
-        "slow": lambda: proxy.throttle(8 * MIB),
+        "slow": lambda: setattr(proxy, "upload_bytes_per_s", 8 * MIB),
         "hanging": proxy.hang,
     }[fault]()
     sending = asyncio.create_task(way.send())
-    await wait_until_async(lambda: proxy.connections > IN_FLIGHT or fault == "slow", 30, "it tries again")
+    await wait_until_async(
+        lambda: proxy.connections > IN_FLIGHT or fault == "slow", 30, "it tries again"
+    )
     if fault != "slow":
         proxy.heal()
     await arrives(way, data, await sending)
 
 
-async def test_a_connection_cut_during_the_growth(make_way: MakeWay, proxy: FaultyProxy) -> None:
+async def test_a_connection_cut_during_the_growth(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     data = way.write(3 * way.parts)
     uploading = way.uploading()
@@ -110,7 +114,8 @@ async def test_expired_urls_are_renewed(make_way: MakeWay) -> None:
     await wait_until_async(lambda: len(way.asked) == 1, 20, "URLs were asked for")
     need = m.Need(request=way.entry.request.id, attempt=1, first=3, count=1)
     like_the_last = (await way.sealing.urls(way.entry, need, "")).urls[0]
-    await until(lambda: httpx.put(like_the_last, content=b"x").status_code == 403)
+    while await status_of(like_the_last, put=b"x") != 403:
+        pass
     parts = await uploading.finish(way.source, len(data))
     assert [(each.first, each.count) for each in way.asked[1:]] == [(2, 1), (3, 1)]
     done = m.Done(request=way.entry.request.id, attempt=1, size=len(data), parts=parts)
@@ -142,7 +147,7 @@ async def test_a_bucket_that_stays_full(make_way: MakeWay, s3_server: S3Server) 
     assert s3_server.url in str(given_up.value)
 
 
-async def test_a_store_that_stays_away(make_way: MakeWay, proxy: FaultyProxy) -> None:
+async def test_a_store_that_stays_away(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url, patience_s=1.0)
     way.write(way.parts)
     proxy.refuse()
@@ -151,31 +156,38 @@ async def test_a_store_that_stays_away(make_way: MakeWay, proxy: FaultyProxy) ->
     assert proxy.url in str(given_up.value)
 
 
-async def test_a_relay_that_is_away_costs_no_patience(make_way: MakeWay) -> None:
-    """The worker keeps its result for as long as it takes."""
-    way = await make_way(patience_s=0.5)
+async def test_a_relay_that_is_away_costs_no_patience(make_way: MakeWay, proxy: Proxy) -> None:
+    """The store fails once; then the relay goes, and the worker keeps its result for as long as it takes."""
+    clock = ManualClock()
+    way = await make_way(worker_endpoint=proxy.url, clock=clock)
     data = way.write(100)
     sealing, asked, answer = way.sealing, asyncio.Event(), asyncio.Event()
 
     class Away:
-        async def urls(self, entry: object, need: m.Need, base_url: str) -> m.Parts:
-            asked.set()
-            await answer.wait()
-            return await sealing.urls(way.entry, need, base_url)
+        async def urls(self, entry: Open, need: m.Need, base_url: str) -> m.Parts:
+            if len(way.asked) == 2:
+                asked.set()
+                await answer.wait()
+            return await sealing.urls(entry, need, base_url)
 
     way.sealing = Away()  # type: ignore[assignment]
+    proxy.cut_uploads(0, times=1)
     sending = asyncio.create_task(way.send())
     await asked.wait()
-    await until(lambda since=time.monotonic(): time.monotonic() - since > 2 * way.patience_s)  # type: ignore[misc]
+    clock.advance(100 * way.patience_s)
     answer.set()
     done = await sending
     way.sealing = sealing
     await arrives(way, data, done)
 
 
-async def test_the_relay_cannot_reach_the_store(make_way: MakeWay, proxy: FaultyProxy, s3_server: S3Server) -> None:
+async def test_the_relay_cannot_reach_the_store(
+    make_way: MakeWay, proxy: Proxy, s3_server: S3Server
+) -> None:
     """It answers all the same: workers with the reason, researchers with a URL."""
-    way = await make_way(endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url)
+    way = await make_way(
+        endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url
+    )
     data = way.write(100)
     await arrives(way, data, await way.send())
     proxy.refuse()
@@ -187,8 +199,12 @@ async def test_the_relay_cannot_reach_the_store(make_way: MakeWay, proxy: Faulty
     assert proxy.url in refused.refusal
 
 
-async def test_a_store_that_hangs_holds_up_no_poll(make_way: MakeWay, proxy: FaultyProxy, s3_server: S3Server) -> None:
-    way = await make_way(endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url)
+async def test_a_store_that_hangs_holds_up_no_poll(
+    make_way: MakeWay, proxy: Proxy, s3_server: S3Server
+) -> None:
+    way = await make_way(
+        endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url
+    )
     data = way.write(100)
     await arrives(way, data, await way.send())
     proxy.hang()
@@ -199,8 +215,12 @@ async def test_a_store_that_hangs_holds_up_no_poll(make_way: MakeWay, proxy: Fau
 # -- sealing ---------------------------------------------------------------------------------------
 
 
-async def test_done_is_repeated_until_the_store_is_back(make_way: MakeWay, proxy: FaultyProxy, s3_server: S3Server) -> None:
-    way = await make_way(endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url)
+async def test_done_is_repeated_until_the_store_is_back(
+    make_way: MakeWay, proxy: Proxy, s3_server: S3Server
+) -> None:
+    way = await make_way(
+        endpoint=proxy.url, worker_endpoint=s3_server.url, public_endpoint=s3_server.url
+    )
     data = way.write(3 * way.parts)
     done = await way.send()
     proxy.refuse()
@@ -210,14 +230,17 @@ async def test_done_is_repeated_until_the_store_is_back(make_way: MakeWay, proxy
     await arrives(way, data, done)
 
 
-async def test_a_store_that_never_seals(make_way: MakeWay, proxy: FaultyProxy, s3_server: S3Server) -> None:
-    way = await make_way(endpoint=proxy.url, worker_endpoint=s3_server.url, patience_s=0.5)
+async def test_a_store_that_never_seals(
+    make_way: MakeWay, proxy: Proxy, s3_server: S3Server
+) -> None:
+    clock = ManualClock()
+    way = await make_way(endpoint=proxy.url, worker_endpoint=s3_server.url, clock=clock)
     way.write(100)
     done = await way.send()
     proxy.refuse()
     with pytest.raises(Unavailable):
         await way.sealing.seal(way.entry, done)
-    await until(lambda since=time.monotonic(): time.monotonic() - since > way.patience_s)  # type: ignore[misc]
+    clock.advance(way.patience_s + 1)
     end = await way.sealing.seal(way.entry, done)
     assert isinstance(end, Failure)
     assert end.kind is FailureKind.ENGINE
@@ -296,7 +319,7 @@ async def test_two_questions_begin_one_upload(make_way: MakeWay) -> None:
     assert len(handles) == 1
 
 
-async def test_stopping_leaves_nothing_running(make_way: MakeWay, proxy: FaultyProxy) -> None:
+async def test_stopping_leaves_nothing_running(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     way.write(5 * way.parts)
     uploading = way.uploading()
@@ -315,11 +338,13 @@ async def test_a_refusal_says_what_the_store_said(make_way: MakeWay) -> None:
         yield b"data"
 
     nowhere = f"{way.place.endpoint}/no-such-bucket/x?partNumber=1&uploadId=y"
-    with pytest.raises(Unavailable, match="HTTP 404 .*NoSuchBucket"):
+    with pytest.raises(Unavailable, match=r"HTTP 404 .*NoSuchBucket"):
         await transfer.put(nowhere, body(), 4)
     await transfer.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that only looking can tell."""
-    await wait_until_async(condition, 20, "it is so")
+async def status_of(url: str, put: bytes | None = None) -> int:
+    """What the store answers."""
+    async with httpx.AsyncClient(timeout=10) as http:
+        answer = await (http.get(url) if put is None else http.put(url, content=put))
+    return answer.status_code

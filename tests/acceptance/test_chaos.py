@@ -1,0 +1,22 @@
+"""A short run of `scripts/bench chaos`: twenty kills over all kinds of process, with the real engine."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from edif_hpc.testing.bench.chaos import run
+
+pytestmark = pytest.mark.slow
+
+KILLS = {"relay": 7, "executor": 7, "worker": 3, "pilot": 3}
+
+
+def test_nothing_is_lost_and_nothing_doubled(tmp_path: Path, tiny_gpt2: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    report = run(tmp_path / "stack", model=tiny_gpt2, kills=KILLS, seed=seed)
+    print("\n".join(report.lines()))
+    assert report.ok, "\n".join(report.lines())
+    assert report.kills == KILLS
