@@ -27,7 +27,9 @@ class Audit:
     errors: Counter[str] = field(default_factory=Counter)  #: ended with an error, by kind
     executions: int = 0
     reexecutions: int = 0
-    lost_leases: Counter[str] = field(default_factory=Counter)  #: attempts that ended without an answer, by cause
+    lost_leases: Counter[str] = field(
+        default_factory=Counter
+    )  #: attempts that ended without an answer, by cause
     faults: list[str] = field(default_factory=list)
     states: dict[str, RequestState] = field(default_factory=dict)
 
@@ -37,7 +39,12 @@ class Audit:
         return len(self.states)
 
 
-def audit(data_dir: Path, *, told: Iterable[str] = (), right: Mapping[str, Callable[[bytes], bool]] | None = None) -> Audit:
+def audit(
+    data_dir: Path,
+    *,
+    told: Iterable[str] = (),
+    right: Mapping[str, Callable[[bytes], bool]] | None = None,
+) -> Audit:
     """Look at everything.
 
     Args:
@@ -54,8 +61,13 @@ def audit(data_dir: Path, *, told: Iterable[str] = (), right: Mapping[str, Calla
             found.states[request.id] = request.state
             inline = store.inline_result(request.id)
             _count(found, request, store.attempts(request.id))
-            found.faults += _faults(request, charges[request.id], inline, data_dir / "results" / "objects")
-        found.faults += [f"{each}: was RECEIVED, and is not in the store" for each in set(told) - set(found.states)]
+            found.faults += _faults(
+                request, charges[request.id], inline, data_dir / "results" / "objects"
+            )
+        found.faults += [
+            f"{each}: was RECEIVED, and is not in the store"
+            for each in set(told) - set(found.states)
+        ]
         found.faults += _wrong(store.get, store.inline_result, data_dir, right or {})
     finally:
         store.close()
@@ -86,15 +98,21 @@ def _faults(request: Request, charges: int, inline: bytes | None, objects: Path)
             faults.append(f"{request.id}: its result {result.key} is not there whole")
     kept = [each for each in (objects / request.id).glob("*") if each != file]
     stored = (inline is not None) + (file is not None)
-    if stored != (request.state is RequestState.COMPLETED) or (request.failure is None) is not (result is not None):
+    if stored != (request.state is RequestState.COMPLETED) or (request.failure is None) is not (
+        result is not None
+    ):
         faults.append(f"{request.id}: {request.state} with {stored} stored results")
     if kept:
-        faults.append(f"{request.id}: {len(kept)} stored results besides its own: {[each.name for each in kept]}")
+        faults.append(
+            f"{request.id}: {len(kept)} stored results besides its own: {[each.name for each in kept]}"
+        )
     return faults
 
 
 def _wrong(
-    get: Callable[[str], Request | None], inline: Callable[[str], bytes | None], data_dir: Path,
+    get: Callable[[str], Request | None],
+    inline: Callable[[str], bytes | None],
+    data_dir: Path,
     right: Mapping[str, Callable[[bytes], bool]],
 ) -> list[str]:
     faults = []
@@ -103,7 +121,11 @@ def _wrong(
         if request is None or request.result is None:
             continue  # told by the other checks
         key = request.result.key
-        stored = inline(request_id) if key is None else (data_dir / "results" / "objects" / key).read_bytes()
+        stored = (
+            inline(request_id)
+            if key is None
+            else (data_dir / "results" / "objects" / key).read_bytes()
+        )
         if stored is None or not is_right(stored):
             faults.append(f"{request_id}: its stored result is not the right one")
     return faults

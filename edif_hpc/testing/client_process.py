@@ -1,4 +1,4 @@
-"""A researcher's Python process, driven from outside.
+r"""A researcher's Python process, driven from outside.
 
 An unmodified nnsight client belongs into a process of its own: it reads its settings when it is imported, and its interrupts
 and crashes must not be ours. Importing it takes seconds, so the process stays and runs one cell after another, like a
@@ -49,16 +49,26 @@ class CellFailed(Exception):
 class ClientProcess:
     """The process, from the outside."""
 
-    def __init__(self, environ: Mapping[str, str], folder: Path, *, prologue: str = _PROLOGUE) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], folder: Path, *, prologue: str = _PROLOGUE
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._cells = folder, 0
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         with (folder / "client.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "edif_hpc.testing.client_process", str(folder)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(environ), cwd=folder, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=dict(environ),
+                cwd=folder,
+                start_new_session=True,
             )
-        self._reader = threading.Thread(target=self._read, name=f"client {folder.name}", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, name=f"client {folder.name}", daemon=True
+        )
         self._reader.start()
         if prologue:
             self.run(prologue)
@@ -76,9 +86,13 @@ class ClientProcess:
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
-            raise TimeoutError(f"cell {self._cells} of {self._folder} did not end within {timeout_s} s") from None
+            raise TimeoutError(
+                f"cell {self._cells} of {self._folder} did not end within {timeout_s} s"
+            ) from None
         if not answer:
-            raise CellFailed("EndOfProcess", f"the client ended with {self.process.wait()}", self.log, "")
+            raise CellFailed(
+                "EndOfProcess", f"the client ended with {self.process.wait()}", self.log, ""
+            )
         told = json.loads(answer)
         if told["error"]:
             raise CellFailed(told["error"], told["text"], told["trace"], told["output"])
@@ -121,7 +135,12 @@ class ClientProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -140,7 +159,8 @@ def _run_cell(cell: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the cells that standard input names; answer each with a line of JSON. An interrupt ends the process."""
-    answers, names = sys.stdout, {}
+    names: dict[str, Any] = {}
+    answers = sys.stdout
     for line in sys.stdin:
         answers.write(json.dumps(_run_cell(line.strip(), names)) + "\n")
         answers.flush()

@@ -113,7 +113,8 @@ class ScriptedEngine:
         self.blobs.append(blob if isinstance(blob, bytes) else await _read(blob))
         if self._auto is not None:
             return self._auto(job)
-        end = self._ends[job.request_id] = asyncio.get_running_loop().create_future()
+        end: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._ends[job.request_id] = end
         self._logs[job.request_id] = on_log
         try:
             return await end

@@ -276,7 +276,7 @@ class Peer:
         """The nth message of a kind."""
 
         def found() -> list[T]:
-            mine = [each for each in self.heard if isinstance(each, kind)]
+            mine: list[T] = [each for each in self.heard if isinstance(each, kind)]
             return mine[nth - 1 : nth]
 
         return (await until(found, f"the peer hears {kind.__name__} number {nth}; {self.heard}"))[

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ from edif_hpc.worker.engine.values import (
     Saved,
 )
 
-RUNS: Final = MappingProxyType({"user": FailureKind.USER, "crash": FailureKind.CRASH, "oom": FailureKind.OOM})
+RUNS: Final = MappingProxyType(
+    {"user": FailureKind.USER, "crash": FailureKind.CRASH, "oom": FailureKind.OOM}
+)
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +49,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0  #: how long it runs
     result_bytes: int = 64
     log: str = ""  #: a line that it prints
-    fails: str = ""  #: user, crash or oom: how it fails
+    fails: str = ""  #: user, crash or oom: how it fails; worker: it kills the whole worker
     padding: str = ""  #: makes the blob large
 
     def blob(self) -> bytes:
@@ -77,8 +80,16 @@ class NoopEngine:
         """Be ready at once."""
         on_progress(Progress(stage="nothing to load"))
         return EngineInfo(
-            commit=None, dtype="none", model_class="none", task=None, persistent=(), attn_implementation=None,
-            python_version=sys.version, packages={}, weights_bytes=0, load_s=0.0,
+            commit=None,
+            dtype="none",
+            model_class="none",
+            task=None,
+            persistent=(),
+            attn_implementation=None,
+            python_version=sys.version,
+            packages={},
+            weights_bytes=0,
+            load_s=0.0,
             isolation=Isolation(level=Level.FULL, steps=(), missing=()),
         )
 
@@ -86,17 +97,29 @@ class NoopEngine:
         self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
     ) -> Outcome:
         """Do what the blob says."""
-        blob = job.blob if isinstance(job.blob, bytes) else await asyncio.to_thread(job.blob.read_bytes)
+        blob = (
+            job.blob
+            if isinstance(job.blob, bytes)
+            else await asyncio.to_thread(job.blob.read_bytes)
+        )
         task = _task(blob)
         if task.log:
             on_log(task.log)
         if task.seconds:
             await asyncio.sleep(min(task.seconds, job.limits.wall_s))
+        if task.fails == "worker":
+            os.kill(os.getpid(), signal.SIGKILL)
         if task.fails:
-            return Failed(kind=RUNS[task.fails], message=f"this task fails as {task.fails}", meta={"killed": True})
+            return Failed(
+                kind=RUNS[task.fails],
+                message=f"this task fails as {task.fails}",
+                meta={"killed": True},
+            )
         result = result_of(blob)
         if len(result) <= INLINE_BYTES:
-            return Saved(inline=result, file=None, size=len(result), meta={"runtime": task.seconds})
+            return Saved(
+                inline=result, file=None, size=len(result), meta={"runtime": task.seconds}
+            )
         file = self._scratch / f"result-{job.request_id}-{job.attempt}"
         await asyncio.to_thread(file.write_bytes, result)
         on_written(file, len(result))

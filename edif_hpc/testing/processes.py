@@ -49,7 +49,9 @@ def processes_of(folder: Path) -> list[Process]:
     """All living processes (no zombies) that name `folder` when looked at, by pid."""
     mark = os.fsencode(folder)
     found: dict[int, Process] = {}
-    for entry in sorted((each for each in _PROC.iterdir() if each.name.isdigit()), key=lambda each: int(each.name)):
+    for entry in sorted(
+        (each for each in _PROC.iterdir() if each.name.isdigit()), key=lambda each: int(each.name)
+    ):
         with suppress(OSError):  # it ended while we looked
             process = _look(entry, mark)
             if process is not None and process.pid != os.getpid():
@@ -86,4 +88,6 @@ def _executor_or_itself(process: Process, all_of_them: Mapping[int, Process]) ->
     parent = all_of_them.get(process.parent)
     if process.kind != "zygote" or parent is None or parent.kind == "worker":
         return process
-    return Process(pid=process.pid, parent=process.parent, kind="executor", command=process.command)
+    return Process(
+        pid=process.pid, parent=process.parent, kind="executor", command=process.command
+    )

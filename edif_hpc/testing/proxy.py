@@ -98,12 +98,13 @@ class Proxy:
         while True:
             try:
                 client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            try:
                 server = socket.create_connection(("127.0.0.1", self._target))
-            except ConnectionRefusedError:
+            except OSError:
                 _reset(client)  # as if the relay's machine itself had refused
                 continue
-            except OSError:
-                return
             self.connections += 1
             if self._refuses:
                 _reset(client)

@@ -70,26 +70,47 @@ class RawClient:
     @property
     def headers(self) -> dict[str, str]:
         """What nnsight sends along."""
-        return {"ndif-api-key": self.token, "nnsight-version": self.version, "python-version": "3.11.0"}
+        return {
+            "ndif-api-key": self.token,
+            "nnsight-version": self.version,
+            "python-version": "3.11.0",
+        }
 
-    def post(self, blob: bytes, *, session: str = "", compress: bool = False, **headers: str) -> httpx.Response:
+    def post(
+        self, blob: bytes, *, session: str = "", compress: bool = False, **headers: str
+    ) -> httpx.Response:
         """Send a request; any answer is returned."""
-        envelope = {"model_key": self.model_key, "session_id": session, "compress": compress, "env": {}}
+        envelope = {
+            "model_key": self.model_key,
+            "session_id": session,
+            "compress": compress,
+            "env": {},
+        }
         return httpx.post(
-            f"{self.url}/request", data={"data": json.dumps(envelope)}, files={"blob": ("request", blob, "application/octet-stream")},
-            headers=self.headers | {name.replace("_", "-"): value for name, value in headers.items()}, timeout=_TIMEOUT,
+            f"{self.url}/request",
+            data={"data": json.dumps(envelope)},
+            files={"blob": ("request", blob, "application/octet-stream")},
+            headers=self.headers
+            | {name.replace("_", "-"): value for name, value in headers.items()},
+            timeout=_TIMEOUT,
         )
 
-    def send(self, blob: bytes, *, session: str = "", compress: bool = False, **headers: str) -> str:
+    def send(
+        self, blob: bytes, *, session: str = "", compress: bool = False, **headers: str
+    ) -> str:
         """Send a request that has to be accepted; returns its id."""
         answer = self.post(blob, session=session, compress=compress, **headers)
         if not answer.is_success:
-            raise httpx.HTTPStatusError(f"{answer.status_code}: {answer.text}", request=answer.request, response=answer)
+            raise httpx.HTTPStatusError(
+                f"{answer.status_code}: {answer.text}", request=answer.request, response=answer
+            )
         return told(answer.text).id
 
     def poll(self, request_id: str) -> Told:
         """Ask for a request once."""
-        answer = httpx.get(f"{self.url}/response/{request_id}", headers=self.headers, timeout=_TIMEOUT)
+        answer = httpx.get(
+            f"{self.url}/response/{request_id}", headers=self.headers, timeout=_TIMEOUT
+        )
         answer.raise_for_status()
         return told(answer.text)
 
@@ -128,8 +149,12 @@ class RawSession:
         self._client = client
         self._exit = ExitStack()
         dial = connect(
-            client.url.replace("http", "ws", 1) + "/subscribe", additional_headers={"ndif-api-key": client.token},
-            max_size=None, compression=None, ping_interval=None, open_timeout=10,
+            client.url.replace("http", "ws", 1) + "/subscribe",
+            additional_headers={"ndif-api-key": client.token},
+            max_size=None,
+            compression=None,
+            ping_interval=None,
+            open_timeout=10,
         )
         self.socket: ClientConnection = self._exit.enter_context(dial)
         self.id: str = json.loads(self.socket.recv(timeout=10))["session_id"]
@@ -156,5 +181,10 @@ class RawSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._exit.close()

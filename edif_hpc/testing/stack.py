@@ -35,6 +35,7 @@ from edif_hpc.settings import RelaySettings
 from edif_hpc.slurm.order import EngineFacts, PilotOrder, write_order
 from edif_hpc.slurm.submit import LocalSubmitter, Submission
 from edif_hpc.testing.hub import serve_hub
+from edif_hpc.testing.operator import Operator, Unexpected
 from edif_hpc.testing.processes import Process, processes_of
 from edif_hpc.testing.raw_client import RawClient
 from edif_hpc.testing.wait import wait_until
@@ -50,10 +51,6 @@ _NOOP = "edif_hpc.testing.noop_worker"
 
 class LeftBehind(AssertionError):
     """Processes of a stack outlived it."""
-
-
-class Unexpected(AssertionError):
-    """The relay's API answered something else than success."""
 
 
 @dataclass(kw_only=True)
@@ -80,47 +77,13 @@ class Allocation:
 
 
 @dataclass(kw_only=True)
-class Operator:
-    """The relay's operator API."""
-
-    url: str
-    token: str
-
-    def call(self, verb: str, path: str, body: Any = None) -> Any:
-        """One call; `Unexpected` unless it succeeds."""
-        headers = {"ndif-api-key": self.token}
-        answer = httpx.request(verb, f"{self.url}/api{path}", headers=headers, json=body, timeout=60.0)
-        if not answer.is_success:
-            raise Unexpected(f"{verb} {path}: HTTP {answer.status_code} {answer.text}")
-        return answer.json()
-
-    def get(self, path: str) -> Any:
-        """Read."""
-        return self.call("GET", path)
-
-    def post(self, path: str, body: Any) -> Any:
-        """Make or order."""
-        return self.call("POST", path, body)
-
-    def workers(self, deployment: str, state: str = "warm") -> list[dict[str, Any]]:
-        """The lines of `ps` with a connected worker in a state."""
-        lines = self.get("/ps")["processes"]
-        return [each for each in lines if each["deployment"] == deployment and (each["worker"] or {}).get("state") == state]
-
-    def unfinished(self) -> int:
-        """How many requests have not ended."""
-        counts: Mapping[str, int] = self.get("/status")["requests"]
-        return sum(counts.values())
-
-
-@dataclass(kw_only=True)
 class Stack:
     """See the module's text. `settings` are those of the relay."""
 
     root: Path
     models: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    engine: EngineFacts = EngineFacts(threads=1)
+    engine: EngineFacts = field(default_factory=lambda: EngineFacts(threads=1))
     moved_clock: bool = False  #: let `clock_file` move the relay's wall clock
     relay: subprocess.Popen[bytes] | None = None
     url: str = ""
@@ -141,7 +104,9 @@ class Stack:
         if self.models:
             self.hub = self._exit.enter_context(serve_hub(self.models))
         self.clock_file.write_text("0")
-        self._operator_token = init_data_dir(RelaySettings(data_dir=self.data_dir), operator_name="op")
+        self._operator_token = init_data_dir(
+            RelaySettings(data_dir=self.data_dir), operator_name="op"
+        )
         try:
             self.start_relay()
         except BaseException:
@@ -149,7 +114,12 @@ class Stack:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         left = self.end()
         if left and error is None:
             raise LeftBehind("\n".join(f"{each.kind} {each.pid}: {each.command}" for each in left))
@@ -206,11 +176,20 @@ class Stack:
         told = {"log_level": "info", "failpoints": failpoints, **self.settings, **settings}
         http, zmq = self._ports
         told |= {"data_dir": self.data_dir, "port": http, "worker_bind": f"tcp://127.0.0.1:{zmq}"}
-        environ = child_environ() | {f"EDIF_RELAY_{name.upper()}": str(value) for name, value in told.items()}
+        environ = child_environ() | {
+            f"EDIF_RELAY_{name.upper()}": str(value) for name, value in told.items()
+        }
         clock = [str(self.clock_file)] if self.moved_clock else []
         command = [sys.executable, "-u", "-m", "edif_hpc.testing.relay", *clock]
         with (self.root / "relay.log").open("ab") as log:
-            self.relay = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True)
+            self.relay = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environ,
+                start_new_session=True,
+            )
 
     def kill_relay(self, number: int = signal.SIGKILL) -> int:
         """Send it a signal that ends it, wait; returns its exit status."""
@@ -237,7 +216,9 @@ class Stack:
 
     def _serves(self) -> bool:
         if self.relay is not None and self.relay.poll() is not None:
-            raise Unexpected(f"the relay ended with {self.relay.returncode}: {tail(self.root / 'relay.log')}")
+            raise Unexpected(
+                f"the relay ended with {self.relay.returncode}: {tail(self.root / 'relay.log')}"
+            )
         try:
             return httpx.get(f"{self.url}/ping", timeout=5.0).is_success
         except httpx.TransportError:
@@ -258,20 +239,32 @@ class Stack:
     def deploy(self, repo_id: str = MODEL, *, name: str = "tiny", **facts: Any) -> str:
         """A new deployment; returns its model key."""
         self.operator.post("/deployments", {"repo_id": repo_id, "name": name, **facts})
-        self.model_key = Deployment(name=name, repo_id=repo_id, revision=None, task=DEFAULT_TASK).model_key.render()
+        self.model_key = Deployment(
+            name=name, repo_id=repo_id, revision=None, task=DEFAULT_TASK
+        ).model_key.render()
         return self.model_key
 
     def launch(
-        self, deployment: str = "tiny", *, engine: str = "real", failpoints: str = "", submitit: bool = False, slots: int | None = None
+        self,
+        deployment: str = "tiny",
+        *,
+        engine: str = "real",
+        failpoints: str = "",
+        submitit: bool = False,
+        slots: int | None = None,
     ) -> list[Allocation]:
         """Start what the free slots of a deployment ask for."""
-        asked = {"deployment": deployment, "site": "local"} | ({} if slots is None else {"slots": slots})
+        asked = {"deployment": deployment, "site": "local"} | (
+            {} if slots is None else {"slots": slots}
+        )
         return [
             self._start(each, engine=engine, failpoints=failpoints, submitit=submitit)
             for each in self.operator.post("/allocations", asked)["allocations"]
         ]
 
-    def wait_warm(self, deployment: str = "tiny", count: int = 1, timeout_s: float = WARM_S) -> None:
+    def wait_warm(
+        self, deployment: str = "tiny", count: int = 1, timeout_s: float = WARM_S
+    ) -> None:
         """Wait until so many workers serve."""
 
         def warm() -> bool:
@@ -296,20 +289,34 @@ class Stack:
             allocation.pilot.wait()
         self.operator.post(f"/allocations/{allocation.id}/failed", {"cause": "gone"})
 
-    def _start(self, made: Mapping[str, Any], *, engine: str, failpoints: str, submitit: bool) -> Allocation:
+    def _start(
+        self, made: Mapping[str, Any], *, engine: str, failpoints: str, submitit: bool
+    ) -> Allocation:
         facts = {name: getattr(self.engine, name) for name in self.engine.__struct_fields__}
-        facts |= {"failpoints": failpoints, "hub_endpoint": self.hub or None, "hub_cache": str(self.root / "cache")}
+        facts |= {
+            "failpoints": failpoints,
+            "hub_endpoint": self.hub or None,
+            "hub_cache": str(self.root / "cache"),
+        }
         folder = self.root / f"{made['name']}-{self._submitted}"
         self._submitted += 1
         folder.mkdir(mode=0o700)
         order = PilotOrder(
-            name=made["name"], relay_url=self.url, join_token=made["join_token"], scratch=str(folder / "scratch"),
-            engine=EngineFacts(**facts), **({"worker_module": _NOOP} if engine == "noop" else {}),
+            name=made["name"],
+            relay_url=self.url,
+            join_token=made["join_token"],
+            scratch=str(folder / "scratch"),
+            engine=EngineFacts(**facts),
+            **({"worker_module": _NOOP} if engine == "noop" else {}),
         )
         write_order(folder / "order", order)
         allocation = Allocation(id=made["allocation"]["id"], name=made["name"], folder=folder)
         if submitit:
-            job_id = LocalSubmitter().submit(Submission(name=allocation.name, order=folder / "order", folder=folder / "submitit"))
+            job_id = LocalSubmitter().submit(
+                Submission(
+                    name=allocation.name, order=folder / "order", folder=folder / "submitit"
+                )
+            )
         else:
             allocation.pilot = self._pilot(folder)
             job_id = str(allocation.pilot.pid)
@@ -321,7 +328,12 @@ class Stack:
         command = [sys.executable, "-u", "-m", "edif_hpc.pilot.app", str(folder / "order")]
         with (folder / "pilot.log").open("ab") as log:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=child_environ(), start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=child_environ(),
+                start_new_session=True,
             )
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -337,8 +349,12 @@ class Stack:
     def client_environ(self, token: str) -> dict[str, str]:
         """The environment of an unmodified nnsight client."""
         return child_environ() | {
-            "NDIF_HOST": self.url, "NDIF_API_KEY": token, "HF_ENDPOINT": self.hub, "HF_HOME": str(self.root / "client-cache"),
-            "NNSIGHT_CONFIG": str(self.root / "nnsight.yaml"), "NO_COLOR": "1",
+            "NDIF_HOST": self.url,
+            "NDIF_API_KEY": token,
+            "HF_ENDPOINT": self.hub,
+            "HF_HOME": str(self.root / "client-cache"),
+            "NNSIGHT_CONFIG": str(self.root / "nnsight.yaml"),
+            "NO_COLOR": "1",
         }
 
 

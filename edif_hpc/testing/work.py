@@ -105,4 +105,7 @@ def content(result: bytes) -> dict[str, str]:
 
     plain = zstandard.ZstdDecompressor().decompress(result)
     saved = torch.load(io.BytesIO(plain), weights_only=False)  # as the client does
-    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in saved.items()}
+    return {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in saved.items()
+    }

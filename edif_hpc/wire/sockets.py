@@ -21,15 +21,15 @@ from enum import StrEnum
 from pathlib import Path
 
 import zmq
-import zmq.auth.asyncio
 import zmq.utils.monitor
+import zmq.utils.z85
 
 from edif_hpc.errors import SettingsError
 from edif_hpc.wire.codec import MAX_PEER_FRAME_BYTES, MAX_RELAY_FRAME_BYTES
 
 _log = logging.getLogger(__name__)
 
-ZAP_DOMAIN = "edif"
+_ZAP_DOMAIN = b"edif"
 _BATCH = 512
 _DRAIN_BATCHES = 64
 _HWM = 4096
@@ -179,15 +179,39 @@ def _common(socket: zmq.Socket[bytes], limit_bytes: int) -> None:
     socket.setsockopt(zmq.IPV6, 1)
 
 
-class _Allow:
-    """pyzmq's credentials provider: asks the gateway whether a public key is known."""
+class _Gate:
+    """ZAP (ZeroMQ RFC 27): libzmq asks about the key of each handshake, over a socket inside the process.
 
-    def __init__(self, known: Callable[[str], bool]) -> None:
+    What it answers as user id is what every message of that connection carries as `User-Id`.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], known: Callable[[str], bool]
+    ) -> None:
         self._known = known
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.bind("inproc://zeromq.zap.01")
+        self._pump = _Pump(self._socket, self._asked)
 
-    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's signature
-        """Answer the authenticator about a handshake; `key` is Z85."""
-        return self._known(key.decode())
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._pump.close()
+
+    def _asked(self, batch: list[list[zmq.Frame]]) -> None:
+        for frames in batch:
+            route, end, version, request, domain, _, _, mechanism, *credentials = map(
+                bytes, frames
+            )
+            name = _name_of(credentials) if (domain, mechanism) == (_ZAP_DOMAIN, b"CURVE") else ""
+            known = bool(name) and self._known(name)
+            verdict = [b"200", b"OK", name.encode()] if known else [b"400", b"unknown key", b""]
+            self._socket.send_multipart([route, end, version, request, *verdict, b""])
+            self._pump.again()
+
+
+def _name_of(credentials: list[bytes]) -> str:
+    """A public key as its peer's record has it."""
+    return zmq.utils.z85.encode(credentials[0]).decode() if len(credentials) == 1 else ""
 
 
 class Router:
@@ -202,9 +226,7 @@ class Router:
         on_batch: Callable[[list[Incoming]], None],
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._auth = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
-        self._auth.start()
-        self._auth.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=_Allow(known))
+        self._gate = _Gate(self._context, known)
         self._socket = self._context.socket(zmq.ROUTER)
         _common(self._socket, MAX_PEER_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, int("[" in bind))
@@ -212,7 +234,7 @@ class Router:
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
-        self._socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
         self.refusals = 0
         self._on_batch = on_batch
         self._watch = _monitor(self._socket, self._saw)
@@ -254,7 +276,7 @@ class Router:
         self._socket.disable_monitor()
         self._watch.close()
         self._pump.close()
-        self._auth.stop()
+        self._gate.close()
         self._context.destroy(linger=0)
 
     def _receive(self, batch: list[list[zmq.Frame]]) -> None:

@@ -45,7 +45,9 @@ def running(stack: Stack, owner_name: str = "ada") -> str:
     owners = {each["name"]: each["id"] for each in stack.operator.get("/tokens")["tokens"]}
 
     def look() -> str | None:
-        found = stack.operator.get(f"/requests?state=running&owner={owners[owner_name]}")["requests"]
+        found = stack.operator.get(f"/requests?state=running&owner={owners[owner_name]}")[
+            "requests"
+        ]
         return found[0]["id"] if found else None
 
     return wait_until(look, 60, f"a request of {owner_name} runs") or ""
@@ -85,7 +87,9 @@ def test_an_edit_inside_a_trace(local: ClientProcess) -> None:
     assert told["equal"]
 
 
-def test_a_non_blocking_trace_is_polled_and_another_process_resumes_it(stack: Stack, client: ClientProcess) -> None:
+def test_a_non_blocking_trace_is_polled_and_another_process_resumes_it(
+    stack: Stack, client: ClientProcess
+) -> None:
     told = client.run("""
         with model.trace("Hello", remote=True, blocking=False) as tracer:
             out = model.lm_head.output.save()
@@ -209,7 +213,9 @@ def test_status_compare_whoami_and_is_model_running(client: ClientProcess) -> No
 
 
 @pytest.mark.parametrize("version", ["0.5.13", "0.6.3", "0.7.0", "0.9.0", ""])
-def test_another_version_is_told_what_to_install(stack: Stack, raw: RawClient, version: str) -> None:
+def test_another_version_is_told_what_to_install(
+    stack: Stack, raw: RawClient, version: str
+) -> None:
     old = RawClient(url=stack.url, token=raw.token, model_key="any", version=version)
     answer = old.post(b"x")
     assert answer.status_code == 400
@@ -254,7 +260,9 @@ def test_anothers_request_does_not_exist(stack: Stack, client: ClientProcess) ->
     answer = httpx.get(f"{stack.url}/response/{told['job']}", headers=eve.headers)
     assert answer.status_code == 404
     for verb in ("GET", "DELETE"):
-        answer = httpx.request(verb, f"{stack.url}/api/requests/{told['job']}", headers=eve.headers)
+        answer = httpx.request(
+            verb, f"{stack.url}/api/requests/{told['job']}", headers=eve.headers
+        )
         assert answer.status_code == 404
 
 
@@ -297,7 +305,9 @@ def test_a_request_over_its_time_is_stopped(stack: Stack) -> None:
     ],
     ids=["exit", "segfault", "memory"],
 )
-def test_a_crash_costs_its_own_request_alone(stack: Stack, local: ClientProcess, crash: str, says: str) -> None:
+def test_a_crash_costs_its_own_request_alone(
+    stack: Stack, local: ClientProcess, crash: str, says: str
+) -> None:
     before = {each.pid for each in stack.processes("worker")}
     with pytest.raises(CellFailed, match=says) as caught:
         local.run(f"""
@@ -310,11 +320,52 @@ def test_a_crash_costs_its_own_request_alone(stack: Stack, local: ClientProcess,
     assert local.run(TRACE)["dimensions"] == 3
 
 
+def test_bytes_that_are_no_request_are_an_error_of_their_sender(
+    stack: Stack, raw: RawClient
+) -> None:
+    end = raw.ended(raw.send(b"this is not zstd", compress=True))
+    assert (end.status, end.kind) == ("ERROR", "user")
+    assert "cannot be read" in end.description
+    assert stack.operator.workers("tiny")
+
+
+def test_a_polling_loop_outlives_the_relay(stack: Stack, local: ClientProcess) -> None:
+    """The loop catches connection errors itself, as any script that runs for days has to."""
+    local.run("""
+        import time
+        with model.trace("Hello", remote=True, blocking=False) as tracer:
+            time.sleep(3)
+            out = model.lm_head.output.save()
+    """)
+    running(stack)
+    local.start("""
+        import httpx
+        result, refused = None, 0
+        while result is None:
+            try:
+                result = tracer.backend()
+            except httpx.TransportError:
+                refused += 1
+            time.sleep(0.02)
+        with here.trace("Hello"):
+            expected = here.lm_head.output.save()
+        report(equal=torch.equal(result["out"], expected), refused=refused, meta=tracer.backend.meta)
+    """)
+    stack.kill_relay()
+    stack.start_relay()
+    told = local.wait()
+    assert told["equal"]
+    assert told["refused"] > 0
+    assert told["meta"]["attempt"] == 1, "a worker that is still there keeps its work"
+
+
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def leaver(stack: Stack, request: pytest.FixtureRequest) -> Iterator[tuple[ClientProcess, RawClient]]:
+def leaver(
+    stack: Stack, request: pytest.FixtureRequest
+) -> Iterator[tuple[ClientProcess, RawClient]]:
     """A client that will be interrupted, and the same person's raw eyes."""
     name = request.node.name
     token = stack.token(name)
@@ -342,7 +393,10 @@ def test_an_interrupted_running_request_finishes_and_its_result_is_kept(
 
 
 def test_an_interrupted_queued_request_is_cancelled_after_the_grace(
-    stack: Stack, client: ClientProcess, leaver: tuple[ClientProcess, RawClient], request: pytest.FixtureRequest
+    stack: Stack,
+    client: ClientProcess,
+    leaver: tuple[ClientProcess, RawClient],
+    request: pytest.FixtureRequest,
 ) -> None:
     process, eyes = leaver
     client.start(SLEEP_60)

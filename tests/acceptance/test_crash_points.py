@@ -8,7 +8,7 @@ has not heard RECEIVED sends again. Afterwards the relay is stopped and its book
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -42,13 +42,15 @@ def times(point: str) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def crashing(noop_stack: Stack) -> Iterator[tuple[Stack, RawClient]]:
-    yield noop_stack, noop_stack.client()
+def crashing(noop_stack: Stack) -> tuple[Stack, RawClient]:
+    return noop_stack, noop_stack.client()
 
 
 def storm(client: RawClient, case: str) -> Mapping[str, bytes]:
     """Send all tasks at once and wait for their ends; returns the one right result of each id that ended well."""
-    blobs = [Task(**(task_fields(each) | {"name": f"{case} {each.name}"})).blob() for each in TASKS]
+    blobs = [
+        Task(**(task_fields(each) | {"name": f"{case} {each.name}"})).blob() for each in TASKS
+    ]
     with ThreadPoolExecutor(len(blobs)) as pool:
         ids = list(pool.map(lambda blob: sent(client, blob), blobs))
         ends = list(pool.map(client.ended, ids))
@@ -90,13 +92,17 @@ def settled(stack: Stack, results: Mapping[str, bytes]) -> Audit:
     """Wait for what no client knows of, stop the relay, and read the books."""
     wait_until(lambda: stack.operator.unfinished() == 0, 60, "everything accepted has ended")
     assert stack.stop_relay() == 0
-    found = audit(stack.data_dir, told=results, right={each: right.__eq__ for each, right in results.items()})
+    found = audit(
+        stack.data_dir, told=results, right={each: right.__eq__ for each, right in results.items()}
+    )
     assert found.faults == []
     assert not found.errors
     return found
 
 
-@pytest.mark.parametrize(("point", "nth"), [(point, nth) for point in RELAY for nth in times(point)])
+@pytest.mark.parametrize(
+    ("point", "nth"), [(point, nth) for point in RELAY for nth in times(point)]
+)
 def test_the_relay_dies_here(crashing: tuple[Stack, RawClient], point: str, nth: int) -> None:
     stack, client = crashing
     if not stack.allocations:
@@ -107,7 +113,9 @@ def test_the_relay_dies_here(crashing: tuple[Stack, RawClient], point: str, nth:
     with ThreadPoolExecutor(1) as pool:
         results = pool.submit(storm, client, f"{point}@{nth}")
         wait_until(lambda: stack.relay_ended() is not None or results.done(), 60, "the relay dies")
-        assert stack.relay_ended() == -signal.SIGKILL, f"the storm never came to {point} for the {nth}. time"
+        assert stack.relay_ended() == -signal.SIGKILL, (
+            f"the storm never came to {point} for the {nth}. time"
+        )
         stack.start_relay()
         right = results.result(120)
     settled(stack, right)
@@ -124,6 +132,10 @@ def test_the_worker_dies_here(crashing: tuple[Stack, RawClient], point: str) -> 
     stack.wait_warm()
     [before] = stack.processes("worker")
     right = storm(client, point)
-    wait_until(lambda: [each.pid for each in stack.processes("worker")] not in ([], [before.pid]), 60, "the pilot starts it again")
+    wait_until(
+        lambda: [each.pid for each in stack.processes("worker")] not in ([], [before.pid]),
+        60,
+        "the pilot starts it again",
+    )
     assert "code=-9" in allocation.log
     settled(stack, right)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import httpx
 import pytest
@@ -26,7 +25,9 @@ SETTINGS = {"lease_s": LEASE_S, "heartbeat_s": 0.25, "poll_hold_s": 0.1}
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A relay with a movable clock and one worker without a model."""
-    with Stack(root=tmp_path_factory.mktemp("faults"), settings=SETTINGS, moved_clock=True) as stack:
+    with Stack(
+        root=tmp_path_factory.mktemp("faults"), settings=SETTINGS, moved_clock=True
+    ) as stack:
         stack.deploy()
         stack.launch(engine="noop")
         stack.wait_warm()
@@ -43,21 +44,33 @@ def client(serving: Stack, request: pytest.FixtureRequest) -> RawClient:
     return serving.client(request.node.name[:60])
 
 
+def download(link: str, into: bytearray) -> None:
+    with httpx.stream("GET", link, timeout=60) as answer:
+        for chunk in answer.iter_bytes():
+            into += chunk
+
+
 def attempts(stack: Stack, request_id: str) -> list[str | None]:
     """How each attempt of a request ended."""
-    return [each["end"] for each in stack.operator.get(f"/requests/{request_id}/explain")["attempts"]]
+    return [
+        each["end"] for each in stack.operator.get(f"/requests/{request_id}/explain")["attempts"]
+    ]
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_relay_that_stood_still_for_two_leases_loses_none(serving: Stack, client: RawClient) -> None:
+def test_a_relay_that_stood_still_for_two_leases_loses_none(
+    serving: Stack, client: RawClient
+) -> None:
     blob = Task(name="patient", seconds=3 * LEASE_S).blob()
     request_id = client.send(blob)
     wait_until(lambda: client.poll(request_id).status == "RUNNING", 30, "it runs")
     assert serving.relay is not None
     serving.relay.send_signal(signal.SIGSTOP)
-    with pytest.raises(TimeoutError):  # nothing can be awaited of a process that is stopped, but time
+    with pytest.raises(
+        TimeoutError
+    ):  # nothing can be awaited of a process that is stopped, but time
         wait_until(lambda: False, 2 * LEASE_S, "two leases pass")
     serving.relay.send_signal(signal.SIGCONT)
     end = client.ended(request_id)
@@ -109,9 +122,8 @@ def test_a_large_download_is_cut_and_goes_on(serving: Stack, client: RawClient) 
         link = str(far.ended(request_id).data)
         proxy.cut_after(50 << 20)
         got = bytearray()
-        with pytest.raises(httpx.TransportError), httpx.stream("GET", link, timeout=60) as answer:
-            for chunk in answer.iter_bytes():
-                got += chunk
+        with pytest.raises(httpx.TransportError):
+            download(link, got)
         assert 0 < len(got) < 100 << 20
         rest = httpx.get(link, headers={"range": f"bytes={len(got)}-"}, timeout=60)
     assert rest.status_code == httpx.codes.PARTIAL_CONTENT
@@ -121,7 +133,9 @@ def test_a_large_download_is_cut_and_goes_on(serving: Stack, client: RawClient) 
 # -- a worker's death ----------------------------------------------------------------------------------------------------
 
 
-def test_a_listening_client_sees_of_a_workers_death_a_status_line(serving: Stack, client: RawClient) -> None:
+def test_a_listening_client_sees_of_a_workers_death_a_status_line(
+    serving: Stack, client: RawClient
+) -> None:
     blob = Task(name="watched", seconds=1.0).blob()
     frames: list[Told] = []
     with client.subscribe() as session:
@@ -137,6 +151,16 @@ def test_a_listening_client_sees_of_a_workers_death_a_status_line(serving: Stack
     assert any("attempt 1 ended (worker_lost), it runs again" in line for line in lines), lines
     assert [each for each in frames if each.ended] == frames[-1:]
     assert attempts(serving, request_id) == ["worker_lost", "completed"]
+
+
+def test_a_request_that_kills_its_workers_is_quarantined(
+    serving: Stack, client: RawClient
+) -> None:
+    """It kills at once, before anybody has stored that it began."""
+    end = client.ended(client.send(Task(name="poison", fails="worker").blob()))
+    assert (end.status, end.kind) == ("ERROR", "crash")
+    assert "quarantined: 2 workers died" in end.description
+    assert attempts(serving, end.id) == ["worker_lost", "worker_lost"]
 
 
 def test_a_worker_dies_while_it_uploads(serving: Stack, client: RawClient) -> None:
@@ -161,65 +185,61 @@ def test_a_worker_dies_while_it_uploads(serving: Stack, client: RawClient) -> No
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
-class Disk(Protocol):
-    """A data directory that can be full."""
-
-    def fill(self, stack: Stack) -> None: ...
-    def free(self, stack: Stack) -> None: ...
+def write_for_ever(file: int) -> None:
+    while True:
+        os.write(file, bytes(1 << 12))
 
 
 class SmallDisk:
-    """A file system of 8 MiB; only root may mount it."""
+    """A file system of 8 MiB."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", folder], check=True)
+        self._run("mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs")
 
-    def fill(self, stack: Stack) -> None:
-        with (self.folder / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            while True:
-                file.write(bytes(1 << 12))
+    def fill(self) -> None:
+        filler = os.open(self.folder / "filler", os.O_WRONLY | os.O_CREAT)
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                write_for_ever(filler)
+        finally:
+            os.close(filler)
 
-    def free(self, stack: Stack) -> None:
-        subprocess.run(["mount", "-o", "remount,rw", self.folder], check=True)
+    def free(self) -> None:
         (self.folder / "filler").unlink(missing_ok=True)
 
-    def close(self) -> None:
-        subprocess.run(["umount", "-l", self.folder], check=True)
+    def close_to_writes(self) -> None:
+        self._run("mount", "-o", "remount,ro")
 
+    def open_to_writes(self) -> None:
+        self._run("mount", "-o", "remount,rw")
 
-class LimitedDisk:
-    """For those who may not mount: the relay may not write to any file."""
+    def remove(self) -> None:
+        self._run("umount", "-l")
 
-    def fill(self, stack: Stack) -> None:
-        self._limit(stack, "0")
-
-    def free(self, stack: Stack) -> None:
-        self._limit(stack, "unlimited")
-
-    def close(self) -> None: ...
-
-    def _limit(self, stack: Stack, size: str) -> None:
-        assert stack.relay is not None
-        subprocess.run(["prlimit", f"--fsize={size}:unlimited", "--pid", str(stack.relay.pid)], check=True)
+    def _run(self, *command: str) -> None:
+        subprocess.run([*command, self.folder], check=True)
 
 
 @pytest.fixture
-def tight(tmp_path: Path) -> Iterator[tuple[Stack, Disk]]:
-    """A stack, and the disk of its relay."""
+def tight(tmp_path: Path) -> Iterator[tuple[Stack, SmallDisk]]:
+    """A stack, and the small disk of its relay."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk")
     root = tmp_path / "stack"
-    disk = SmallDisk(root / "relay") if os.geteuid() == 0 else LimitedDisk()
+    disk = SmallDisk(root / "relay")
     try:
         with Stack(root=root, settings=SETTINGS) as stack:
             stack.deploy()
             yield stack, disk
-            disk.free(stack)
+            disk.open_to_writes()
+            disk.free()
     finally:
-        disk.close()
+        disk.remove()
 
 
-def test_a_full_disk_refuses_and_recovers(tight: tuple[Stack, Disk]) -> None:
+def test_a_full_disk_refuses_and_recovers(tight: tuple[Stack, SmallDisk]) -> None:
     stack, disk = tight
     stack.launch(engine="noop")
     stack.wait_warm()
@@ -228,7 +248,7 @@ def test_a_full_disk_refuses_and_recovers(tight: tuple[Stack, Disk]) -> None:
     with client.subscribe() as session:
         request_id = session.send(running)
         session.until(request_id, "RUNNING")
-        disk.fill(stack)
+        disk.fill()
         for blob in (Task(name="small").blob(), Task(name="large", padding="x" * 100_000).blob()):
             refused = client.post(blob)
             assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
@@ -236,7 +256,7 @@ def test_a_full_disk_refuses_and_recovers(tight: tuple[Stack, Disk]) -> None:
         log = stack.root / "relay.log"
         wait_until(lambda: "done_failed" in log.read_text(), 60, "a result finds no room")
         assert not client.poll(request_id).ended
-        disk.free(stack)
+        disk.free()
         assert session.ended(request_id).data == result_of(running)
     again = Task(name="again", padding="x" * 100_000).blob()
     assert client.result(client.ended(client.send(again))) == result_of(again)
@@ -244,13 +264,10 @@ def test_a_full_disk_refuses_and_recovers(tight: tuple[Stack, Disk]) -> None:
     assert audit(stack.data_dir).faults == []
 
 
-def test_a_data_directory_that_cannot_be_written_is_named(tight: tuple[Stack, Disk]) -> None:
-    stack, _ = tight
+def test_a_data_directory_that_cannot_be_written_is_named(tight: tuple[Stack, SmallDisk]) -> None:
+    stack, disk = tight
     stack.stop_relay()
-    closed = subprocess.run(["mount", "-o", "remount,ro", stack.data_dir], check=False).returncode if os.geteuid() == 0 else 1
-    if closed:
-        for path in [*stack.data_dir.iterdir(), stack.data_dir]:
-            path.chmod(path.stat().st_mode & 0o555)
+    disk.close_to_writes()
     stack.spawn_relay()
     assert stack.wait_relay() == 1
     said = tail(stack.root / "relay.log").strip().splitlines()[-1]

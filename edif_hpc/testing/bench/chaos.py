@@ -12,6 +12,7 @@ A run in which no kill hit a leased request proves nothing, and fails.
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import sys
@@ -30,9 +31,10 @@ from websockets.exceptions import WebSocketException
 
 from edif_hpc.testing.audit import Audit, audit
 from edif_hpc.testing.models import build_tiny_gpt2
+from edif_hpc.testing.operator import Unexpected
 from edif_hpc.testing.processes import Process
 from edif_hpc.testing.raw_client import RawClient, RawSession, Told
-from edif_hpc.testing.stack import MODEL, Stack, Unexpected
+from edif_hpc.testing.stack import MODEL, Stack
 from edif_hpc.testing.wait import wait_until
 from edif_hpc.testing.work import NoopWork, Piece, Work, capture
 
@@ -63,7 +65,10 @@ class Report:
     def lines(self) -> list[str]:
         """For people."""
         books = self.audit
-        killed = ", ".join(f"{count} {kind} ({self.hits[kind]} held a lease)" for kind, count in sorted(self.kills.items()))
+        killed = ", ".join(
+            f"{count} {kind} ({self.hits[kind]} held a lease)"
+            for kind, count in sorted(self.kills.items())
+        )
         causes = ", ".join(f"{count} {cause}" for cause, count in books.lost_leases.most_common())
         return [
             f"seed {self.seed}: {self.kills.total()} kills in {self.seconds:.0f} s: {killed}",
@@ -72,7 +77,11 @@ class Report:
             f"{books.executions} executions, {books.reexecutions} of them again; leases lost: {causes or 'none'}",
             f"lost or doubled: {len(self.faults)}",
             *self.faults[:20],
-            *([] if self.hits.total() else ["no kill hit a leased request: this run proves nothing"]),
+            *(
+                []
+                if self.hits.total()
+                else ["no kill hit a leased request: this run proves nothing"]
+            ),
         ]
 
 
@@ -86,7 +95,11 @@ class Load:
         self._client, self._work = client, work
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(number, random.Random(f"{seed} client {number}")), name=f"client-{number}")
+            threading.Thread(
+                target=self._run,
+                args=(number, random.Random(f"{seed} client {number}")),  # noqa: S311 - repeatable
+                name=f"client-{number}",
+            )
             for number in range(clients)
         ]
 
@@ -125,7 +138,9 @@ class Load:
                 self._stop.wait(0.05)
                 continue
             with session:
-                while not self._stop.is_set() and self._listen_once(session, self._work.piece(chance), ended):
+                while not self._stop.is_set() and self._listen_once(
+                    session, self._work.piece(chance), ended
+                ):
                     pass
 
     def _listen_once(self, session: RawSession, piece: Piece, ended: set[str]) -> bool:
@@ -150,7 +165,9 @@ class Load:
         """Send until RECEIVED; a listening client whose socket broke gives up with an empty id."""
         while True:
             try:
-                request_id = self._client.send(piece.blob, compress=piece.compress, session=session.id if session else "")
+                request_id = self._client.send(
+                    piece.blob, compress=piece.compress, session=session.id if session else ""
+                )
             except httpx.HTTPStatusError as error:
                 if session is not None and error.response.status_code == httpx.codes.NOT_FOUND:
                     return ""  # a relay that was started anew knows no sessions
@@ -185,26 +202,33 @@ class Load:
 class Reaper:
     """Kills by plan, and plays the launcher."""
 
-    def __init__(self, stack: Stack, report: Report, *, engine: str, slots: int, pause_s: float) -> None:
+    def __init__(
+        self, stack: Stack, report: Report, *, engine: str, slots: int, pause_s: float
+    ) -> None:
         self._stack, self._report = stack, report
         self._engine, self._slots, self._pause_s = engine, slots, pause_s
-        self._chance = random.Random(f"{report.seed} kills")
+        self._chance = random.Random(f"{report.seed} kills")  # noqa: S311 - repeatable
 
     def run(self, kills: Mapping[str, int]) -> None:
         """Carry out so many kills of each kind."""
         plan = [kind for kind, count in kills.items() for _ in range(count)]
         self._chance.shuffle(plan)
         for kind in plan:
-            wait_until(self._tended_for(self._chance.uniform(0, self._pause_s)), RECOVERY_S, "the pause is over")
-            victim = wait_until(lambda kind=kind: self._victim(kind), RECOVERY_S, f"there is a {kind} to kill")  # type: ignore[misc]
-            if isinstance(victim, Process) and victim.kill(signal.SIGKILL):
+            wait_until(
+                self._tended_for(self._chance.uniform(0, self._pause_s)),
+                RECOVERY_S,
+                "the pause is over",
+            )
+            look = functools.partial(self._victim, kind)
+            victim = wait_until(look, RECOVERY_S, f"there is a {kind} to kill")
+            if victim is not None and victim.kill(signal.SIGKILL):
                 self._report.kills[kind] += 1
                 if kind == "relay":
                     self._stack.wait_relay()
         wait_until(self._tended_for(0), RECOVERY_S, "what was killed is tended")
         self._stack.wait_warm(timeout_s=RECOVERY_S)
 
-    def _tended_for(self, seconds: float) -> object:
+    def _tended_for(self, seconds: float) -> Callable[[], bool]:
         until = time.monotonic() + seconds
 
         def look() -> bool:
@@ -226,13 +250,19 @@ class Reaper:
         """Someone of this kind, and whether it holds a lease as we look."""
         self._tend()
         lines = self._stack.operator.get("/ps")["processes"]
-        held = {each["name"]: each["worker"]["leases"] for each in lines if (each["worker"] or {}).get("state") == "warm"}
+        held = {
+            each["name"]: each["worker"]["leases"]
+            for each in lines
+            if (each["worker"] or {}).get("state") == "warm"
+        }
         living = self._stack.processes()
         if kind == "relay":
             candidates = [(each, sum(held.values())) for each in living if each.kind == "relay"]
         else:
             candidates = [
-                (each, leases) for name, leases in held.items() for each in living
+                (each, leases)
+                for name, leases in held.items()
+                for each in living
                 if each.kind == kind and name in _ancestry(each, living)
             ]
         if not candidates:
@@ -253,7 +283,14 @@ def _ancestry(process: Process, living: list[Process]) -> str:
 
 
 def run(
-    folder: Path, *, model: Path | None, kills: Mapping[str, int], seed: int, engine: str = "real", clients: int = 6, slots: int = 2,
+    folder: Path,
+    *,
+    model: Path | None,
+    kills: Mapping[str, int],
+    seed: int,
+    engine: str = "real",
+    clients: int = 6,
+    slots: int = 2,
     pause_s: float = 1.0,
 ) -> Report:
     """One run; `model` is needed by the real engine."""
@@ -271,7 +308,9 @@ def run(
             Reaper(stack, report, engine=engine, slots=slots, pause_s=pause_s).run(kills)
         finally:
             load.finish()
-        wait_until(lambda: stack.operator.unfinished() == 0, RECOVERY_S, "everything accepted has ended")
+        wait_until(
+            lambda: stack.operator.unfinished() == 0, RECOVERY_S, "everything accepted has ended"
+        )
         report.seconds = time.monotonic() - began
         status = stack.stop_relay()
         if status != 0:
@@ -285,11 +324,21 @@ def run(
 @click.command()
 @click.option("--kills", default=200, show_default=True, help="Kills of each kind of process.")
 @click.option("--seed", type=int, help="Repeats a run's choices; a new one is drawn and printed.")
-@click.option("--engine", type=click.Choice(["real", "noop"]), default="real", show_default=True, help="noop has no executors.")
+@click.option(
+    "--engine",
+    type=click.Choice(["real", "noop"]),
+    default="real",
+    show_default=True,
+    help="noop has no executors.",
+)
 @click.option("--clients", default=6, show_default=True)
 @click.option("--slots", default=2, show_default=True, help="Workers at a time.")
-@click.option("--pause", default=1.0, show_default=True, help="Longest pause between two kills, in seconds.")
-def main(kills: int, seed: int | None, engine: str, clients: int, slots: int, pause: float) -> None:
+@click.option(
+    "--pause", default=1.0, show_default=True, help="Longest pause between two kills, in seconds."
+)
+def main(
+    kills: int, seed: int | None, engine: str, clients: int, slots: int, pause: float
+) -> None:
     """Kill relay, workers, pilots and executors at random under load."""
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     click.echo(f"seed {seed}")
@@ -297,8 +346,14 @@ def main(kills: int, seed: int | None, engine: str, clients: int, slots: int, pa
     with tempfile.TemporaryDirectory(prefix="edif-chaos-") as folder:
         model = build_tiny_gpt2(Path(folder) / "model") if engine == "real" else None
         report = run(
-            Path(folder) / "stack", model=model, kills=dict.fromkeys(kinds, kills), seed=seed, engine=engine, clients=clients,
-            slots=slots, pause_s=pause,
+            Path(folder) / "stack",
+            model=model,
+            kills=dict.fromkeys(kinds, kills),
+            seed=seed,
+            engine=engine,
+            clients=clients,
+            slots=slots,
+            pause_s=pause,
         )
     click.echo("\n".join(report.lines()))
     sys.exit(not report.ok)

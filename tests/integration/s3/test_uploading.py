@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -157,7 +158,7 @@ async def test_a_store_that_stays_away(make_way: MakeWay, proxy: Proxy) -> None:
 
 
 async def test_a_relay_that_is_away_costs_no_patience(make_way: MakeWay, proxy: Proxy) -> None:
-    """The store fails once; then the relay goes, and the worker keeps its result for as long as it takes."""
+    """The store fails, the relay goes and comes back, the store fails again: not much patience is spent."""
     clock = ManualClock()
     way = await make_way(worker_endpoint=proxy.url, clock=clock)
     data = way.write(100)
@@ -171,7 +172,7 @@ async def test_a_relay_that_is_away_costs_no_patience(make_way: MakeWay, proxy: 
             return await sealing.urls(entry, need, base_url)
 
     way.sealing = Away()  # type: ignore[assignment]
-    proxy.cut_uploads(0, times=1)
+    proxy.cut_uploads(0, times=2)
     sending = asyncio.create_task(way.send())
     await asked.wait()
     clock.advance(100 * way.patience_s)
@@ -319,6 +320,18 @@ async def test_two_questions_begin_one_upload(make_way: MakeWay) -> None:
     assert len(handles) == 1
 
 
+async def test_a_shared_bucket(make_way: MakeWay) -> None:
+    """What lies outside the prefix belongs to others, however old it is."""
+    ours, theirs = await make_way(), await make_way()
+    data = theirs.write(100)
+    await arrives(theirs, data, await theirs.send())
+    await theirs.store.begin("their/upload")
+    future = time.time() + 1e6
+    assert await ours.store.sweep(objects_before=future, uploads_before=future) == 0
+    assert await theirs.fetch() == data
+    assert await theirs.store.resume("their/upload") is not None
+
+
 async def test_stopping_leaves_nothing_running(make_way: MakeWay, proxy: Proxy) -> None:
     way = await make_way(worker_endpoint=proxy.url)
     way.write(5 * way.parts)
@@ -326,7 +339,8 @@ async def test_stopping_leaves_nothing_running(make_way: MakeWay, proxy: Proxy) 
     proxy.hang()
     uploading.grew(way.source, 5 * way.parts)
     await wait_until_async(lambda: proxy.connections == IN_FLIGHT, 20, "parts are on their way")
-    await uploading.stop()
+    async with asyncio.timeout(5):
+        await uploading.stop()
     assert not [each for each in asyncio.all_tasks() if each.get_name().startswith("upload-")]
 
 
