@@ -151,6 +151,7 @@ class Relay:
             return
         for each in self._clients:
             each.cancel()
+        self.told.clear()
         if self._server is not None:
             self._server.stop()
         http_task, scheduler = self._tasks
@@ -166,7 +167,6 @@ class Relay:
     async def restart(self) -> None:
         """Stop in order, and start again; clients are gone."""
         await self.stop()
-        self.told.clear()
         await self.start()
 
     # -- what operators and clients do

@@ -83,7 +83,7 @@ class Stack:
     root: Path
     models: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    engine: EngineFacts = field(default_factory=lambda: EngineFacts(threads=1))
+    engine: EngineFacts = field(default_factory=EngineFacts)
     moved_clock: bool = False  #: let `clock_file` move the relay's wall clock
     relay: subprocess.Popen[bytes] | None = None
     url: str = ""

@@ -199,9 +199,8 @@ class _Gate:
 
     def _asked(self, batch: list[list[zmq.Frame]]) -> None:
         for frames in batch:
-            route, end, version, request, domain, _, _, mechanism, *credentials = map(
-                bytes, frames
-            )
+            asked = [bytes(each.buffer) for each in frames]
+            route, end, version, request, domain, _, _, mechanism, *credentials = asked
             name = _name_of(credentials) if (domain, mechanism) == (_ZAP_DOMAIN, b"CURVE") else ""
             known = bool(name) and self._known(name)
             verdict = [b"200", b"OK", name.encode()] if known else [b"400", b"unknown key", b""]

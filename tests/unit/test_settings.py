@@ -64,6 +64,11 @@ def test_the_file_is_found_by_the_environment(file: Path, tmp_path: Path) -> Non
         ({"default_wall_s": 9e9}, {}, "", ["default_wall_s", "max_wall_s"]),
         ({"lease_s": 5}, {}, "", ["lease_s", "heartbeats"]),
         ({"tls_cert": "a.pem"}, {}, "", ["tls_cert and tls_key"]),
+        ({"s3_bucket": "b", "s3_endpoint": "http://s3"}, {}, "", ["s3_access_key, s3_secret_key"]),
+        ({"s3_endpoint": "s3.example"}, {}, "", ["s3_endpoint", "http://"]),
+        ({"s3_link_s": 8 * 24 * 3600}, {}, "", ["s3_link_s", "604800"]),
+        ({"s3_prefix": "a"}, {}, "", ["s3_prefix is 'a'", "slash"]),
+        ({"s3_prefix": "a?/"}, {}, "", ["s3_prefix"]),
     ],
 )
 def test_what_is_refused(
@@ -149,6 +154,19 @@ def test_client_settings(
     file.write_text(f"[client]\n{text}")
     found = load_client(flags=flags, environ=environ, file=file)
     assert (found.relay, found.token) == (relay, token)
+
+
+def test_a_bucket(tmp_path: Path) -> None:
+    environ = {"EDIF_RELAY_S3_SECRET_KEY": "secret", "EDIF_CONFIG": "/dev/null"}
+    flags = {
+        "s3_bucket": "b",
+        "s3_endpoint": "http://s3/",
+        "s3_access_key": "key",
+        "s3_prefix": "",
+    }
+    read = load(RelaySettings, flags=flags, environ=environ)
+    assert (read.s3_endpoint, read.s3_secret_key) == ("http://s3", "secret")
+    assert "'secret'" not in repr(read)
 
 
 def test_a_repr_hides_secrets() -> None:

@@ -29,6 +29,7 @@ import click
 import httpx
 from websockets.exceptions import WebSocketException
 
+from edif_hpc.slurm.order import EngineFacts
 from edif_hpc.testing.audit import Audit, audit
 from edif_hpc.testing.models import build_tiny_gpt2
 from edif_hpc.testing.operator import Unexpected
@@ -295,7 +296,9 @@ def run(
 ) -> Report:
     """One run; `model` is needed by the real engine."""
     report = Report(seed=seed)
-    with Stack(root=folder, models={MODEL: model} if model else {}, settings=SETTINGS) as stack:
+    models = {MODEL: model} if model else {}
+    facts = EngineFacts(threads=1)  # two workers share the cores
+    with Stack(root=folder, models=models, settings=SETTINGS, engine=facts) as stack:
         stack.deploy(replicas=slots)
         stack.launch(engine=engine)
         stack.wait_warm(count=slots)

@@ -64,13 +64,13 @@ def _clients(
     for each in running:
         if each.stdout is None or each.stdout.readline().strip() != "ready":
             raise RuntimeError(f"a client of the bench did not start (exit {each.wait()})")
-    outs: list[dict[str, Any]] = []
     for each in running:
         if each.stdin is not None:
             each.stdin.write("\n")
             each.stdin.flush()
-    for each in running:
-        outs.append(json.loads(each.communicate(timeout=600.0)[0].strip().splitlines()[-1]))
+    outs: list[dict[str, Any]] = [
+        json.loads(each.communicate(timeout=600.0)[0].strip().splitlines()[-1]) for each in running
+    ]
     times = [each for out in outs for each in out["times"]]
     return times, len(times) / max(out["took"] for out in outs)
 
@@ -106,16 +106,16 @@ def main(argv: list[str]) -> int:
             stack.wait_warm()
             level = stack.operator.workers("tiny")[0]["worker"]["isolation"]
             environ = stack.client_environ(stack.token("bench"))
-            print(  # noqa: T201
+            print(
                 f"tiny GPT-2, unmodified nnsight client, {os.cpu_count()} cores (fsync per commit: yes, CURVE: yes, isolation: {level})"
             )
-            print(_row("local, 1 client", *_clients(environ, 1, given.count, "local")))  # noqa: T201
-            print(_row("remote, 1 client", *_clients(environ, 1, given.count, "remote")))  # noqa: T201
+            print(_row("local, 1 client", *_clients(environ, 1, given.count, "local")))
+            print(_row("remote, 1 client", *_clients(environ, 1, given.count, "remote")))
             print(
                 _row(
                     "remote, 8 clients", *_clients(environ, 8, max(10, given.count // 4), "remote")
                 )
-            )  # noqa: T201
+            )
     return 0
 
 

@@ -162,10 +162,10 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     print(
         "durable lease + done over CURVE, no-op workers (fsync per commit: yes, CURVE: yes, isolation: none)"
-    )  # noqa: T201
+    )
     for workers in (1, 16):
         rate = measure(workers, given.requests)
-        print(f"  {workers:2d} worker(s): {rate:7.0f} /s")  # noqa: T201
+        print(f"  {workers:2d} worker(s): {rate:7.0f} /s")
     return 0
 
 

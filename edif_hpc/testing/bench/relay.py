@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
             starts.append(time.perf_counter() - began)
         relays = stack.processes("relay")
         memory = sum(_rss_bytes(each.pid) for each in relays)
-        print("the relay at rest")  # noqa: T201
+        print("the relay at rest")
         print(
             f"  processes {len(relays)}   memory {memory / 2**20:.0f} MiB   up in {statistics.median(starts):.2f} s"
-        )  # noqa: T201
+        )
     return 0
 
 

@@ -220,7 +220,7 @@ def _measure(store: Store, folder: Path, sizes_mib: list[int], rounds: int) -> N
                 least |= store.seconds_for(size * _MIB)
                 _print_row(store.name, size, least, client.fetch(size // _BLOCK_MIB), tiny)
         client.end()
-        print(f"  {store.name:<9} peak memory: {_peaks(stack)}")  # noqa: T201
+        print(f"  {store.name:<9} peak memory: {_peaks(stack)}")
 
 
 def _print_row(
@@ -235,7 +235,7 @@ def _print_row(
         else ""
     )
     beyond = sample.executor_peak_bytes - tiny.executor_peak_bytes - (size_mib - _BLOCK_MIB) * _MIB
-    print(  # noqa: T201
+    print(
         f"  {store:<9} {size_mib:5d} MiB   {sample.seconds:6.2f} s   floor {least:6.2f} s ({parts})   "
         f"ratio {sample.seconds / least:4.2f}{of_store}   executor beyond its tensors {beyond / _MIB:.0f} MiB"
     )
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stores", default="directory,s3", help="directory, s3")
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args(argv)
-    print(f"results of an unmodified nnsight client, {os.cpu_count()} cores; whole trace block")  # noqa: T201
+    print(f"results of an unmodified nnsight client, {os.cpu_count()} cores; whole trace block")
     sizes = [int(each) for each in given.sizes.split(",")]
     for name in given.stores.split(","):
         with (

@@ -30,7 +30,7 @@ import zstandard
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.util import filter_traceback
 
-from edif_hpc.errors import NotPermitted
+from edif_hpc.errors import InvalidInput, NotPermitted
 from edif_hpc.worker.engine import saves
 from edif_hpc.worker.engine.values import FailureKind
 
@@ -64,7 +64,13 @@ def apply_env(model: Any, env: Mapping[str, Any]) -> None:
 
 def unpack(blob: bytes, *, compress: bool) -> bytes:
     """Return the payload of a client's blob."""
-    return zstandard.ZstdDecompressor().decompress(blob) if compress else blob
+    try:
+        return zstandard.ZstdDecompressor().decompress(blob) if compress else blob
+    except zstandard.ZstdError as error:
+        raise InvalidInput(
+            f"the request cannot be read: it says that it is compressed, but {error}; "
+            "send it with an unmodified nnsight"
+        ) from error
 
 
 def wants_gradients(payload: bytes) -> bool:
