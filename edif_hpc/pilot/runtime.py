@@ -61,11 +61,12 @@ class Pilot:
             clock=self.clock,
         )
         order_file = self._write_worker_order(joined, worker_keys)
+        cause = "the pilot failed"
         try:
             cause = await self._keep_alive(order_file, link)
         finally:
             order_file.unlink(missing_ok=True)
-        await link.goodbye(cause)
+            await link.goodbye(cause)
         record = {
             "cause": cause,
             "seconds": round(self.clock.monotonic() - began, 1),

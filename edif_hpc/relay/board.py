@@ -35,7 +35,9 @@ class Open:
     uploading: asyncio.Lock = field(default_factory=asyncio.Lock)
     unsealed_since: float | None = None  #: when sealing its result first failed, monotonic
     busy: bool = False  #: an operation that changes its state is being committed
-    begun: int = 0  #: the newest attempt that an executor was given; its row may say so a moment later
+    begun: int = (
+        0  #: the newest attempt that an executor was given; its row may say so a moment later
+    )
 
     def show(self, update: Update) -> None:
         """Tell the client, if one listens."""

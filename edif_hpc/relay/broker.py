@@ -195,9 +195,11 @@ class Broker:
             lambda: self._store.ended_before(before, limit=_RETENTION_BATCH)
         )
         for request in old:
+            # In this order a poll never finds a result that has no bytes; what the store does not
+            # delete now is found by its sweep.
+            await self._forget_result(request.id)
             if request.result is not None and request.result.key is not None:
                 await self._objects.delete(request.id)
-            await self._forget_result(request.id)
         return len(old)
 
     async def _forget_result(self, request_id: str) -> None:

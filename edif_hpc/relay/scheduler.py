@@ -53,8 +53,8 @@ class Scheduler:
         """Beat until cancelled."""
         try:
             while True:
+                await self._beat_or_tell()  # at once, since lateness is measured from beat to beat
                 await asyncio.sleep(BEAT_S)
-                await self._beat_or_tell()
         finally:
             if self._tidying is not None:
                 self._tidying.cancel()

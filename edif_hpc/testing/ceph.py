@@ -2,9 +2,9 @@
 
 Three daemons of Debian's own packages, all bound to 127.0.0.1: a monitor, one storage daemon that keeps its objects
 in RAM, and the gateway that speaks S3. It checks signatures and their expiry, ranges, parts and quotas as a
-university's Ceph does, because it is the same program. Nothing survives `stop`, and nothing else on the machine
+university's Ceph does, because it is the same program. Nothing survives its end, and nothing else on the machine
 is touched but for the packages: they are installed if they are missing, which needs root and apt. The daemons
-themselves run as whoever calls.
+themselves run as whoever calls, and die with their caller.
 
     with serve_s3(Path("/tmp/ceph")) as s3:
         s3.admin("bucket", "list")
@@ -15,13 +15,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ PROGRAMS = (
     "monmaptool",
     "ceph",
 )
-DAEMONS = ("mon.a", "osd.0", "client.rgw")
 _CLUSTER = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000001"
 _DISK = "5c1b0f6e-1d4e-4f0a-9a6e-0ed1f0000002"
 _STORE_BYTES = 8 << 30
@@ -56,7 +54,6 @@ keyring = {root}/keyring
 auth allow insecure global id reclaim = false
 run dir = {root}/run
 admin socket = {root}/run/$name.$pid.asok
-pid file = {root}/run/$name.pid
 log file = {root}/log/$name.log
 crash dir = {root}/log
 osd pool default size = 1
@@ -145,14 +142,6 @@ class S3Server:
         """Run `radosgw-admin`: users, quotas, statistics."""
         return _run(["radosgw-admin", "-n", "client.rgw", *words], _environment(self.root))
 
-    def pause(self) -> None:
-        """Stop the gateway in the middle of whatever it does; connections stay open and nothing answers."""
-        os.kill(_pid(self.root, "client.rgw") or 0, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let the gateway go on."""
-        os.kill(_pid(self.root, "client.rgw") or 0, signal.SIGCONT)
-
 
 @contextmanager
 def serve_s3(root: Path) -> Iterator[S3Server]:
@@ -164,11 +153,9 @@ def serve_s3(root: Path) -> Iterator[S3Server]:
     """
     _install()
     server = S3Server(root=root, port=_free_ports(1)[0])
-    try:
-        _start(server)
+    with ExitStack() as daemons:
+        _start(server, daemons)
         yield server
-    finally:
-        _stop(root)
 
 
 def _install() -> None:
@@ -188,22 +175,47 @@ def _install() -> None:
     )
 
 
-def _start(server: S3Server) -> None:
-    root, mon = server.root, _free_ports(2)
+def _start(server: S3Server, daemons: ExitStack) -> None:
+    root, env = server.root, _environment(server.root)
     for name in ("mon", "osd", "rgw", "run", "log"):
         (root / name).mkdir(parents=True, mode=0o755)
-    conf = _CONF.format(
-        cluster=_CLUSTER,
-        mon=mon[0],
-        mon_v1=mon[1],
-        root=root,
-        port=server.port,
-        store_bytes=_STORE_BYTES,
+    daemons.callback(shutil.rmtree, root, ignore_errors=True)
+    mon, mon_v1 = _free_ports(2)
+    facts = {"mon": mon, "mon_v1": mon_v1, "root": root, "port": server.port}
+    (root / "ceph.conf").write_text(
+        _CONF.format(cluster=_CLUSTER, store_bytes=_STORE_BYTES, **facts)
     )
-    (root / "ceph.conf").write_text(conf)
-    env = _environment(root)
     _make_keys(root, env)
-    address = f"[v2:127.0.0.1:{mon[0]},v1:127.0.0.1:{mon[1]}]"
+    _make_map(root, env, f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{mon_v1}]")
+
+    _daemon(["ceph-mon", "-i", "a"], root, daemons)
+    _run(["ceph", "osd", "create", _DISK], env)
+    _run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env)
+    _daemon(["ceph-osd", "-i", "0"], root, daemons)
+    wait_until(
+        lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up"
+    )
+    _daemon(["radosgw", "-n", "client.rgw"], root, daemons)
+    wait_until(lambda: _answers(server.url), _START_S, f"the gateway answers; its log: {root}/log")
+    user = [f"--uid={server.user}", f"--display-name={server.user}"]
+    keys = [f"--access-key={server.access_key}", f"--secret-key={server.secret_key}"]
+    server.admin("user", "create", *user, *keys)
+
+
+def _daemon(command: list[str], root: Path, daemons: ExitStack) -> None:
+    """Start a daemon as a child that dies with us, however we die."""
+    with (root / "log" / f"{command[0]}.out").open("wb") as log:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command, "-f"],  # noqa: S607 - found by PATH, as Ceph is
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(root),
+        )  # fmt: skip
+    # The store is disposable, and the storage daemon takes long over a TERM.
+    daemons.callback(process.wait)
+    daemons.callback(process.kill)
+
+
+def _make_map(root: Path, env: Mapping[str, str], address: str) -> None:
+    monmap = str(root / "monmap")
     _run(
         [
             "monmaptool",
@@ -214,39 +226,13 @@ def _start(server: S3Server) -> None:
             address,
             "--fsid",
             _CLUSTER,
-            str(root / "monmap"),
+            monmap,
         ],
         env,
     )
     _run(
-        [
-            "ceph-mon",
-            "--mkfs",
-            "-i",
-            "a",
-            "--monmap",
-            str(root / "monmap"),
-            "--keyring",
-            str(root / "keyring"),
-        ],
+        ["ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", str(root / "keyring")],
         env,
-    )
-    _run(["ceph-mon", "-i", "a"], env)
-    _run(["ceph", "osd", "create", _DISK], env)
-    _run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env)
-    _run(["ceph-osd", "-i", "0"], env)
-    wait_until(
-        lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up"
-    )
-    _run(["radosgw", "-n", "client.rgw"], env)
-    wait_until(lambda: _answers(server.url), _START_S, "the gateway answers")
-    server.admin(
-        "user",
-        "create",
-        f"--uid={server.user}",
-        "--display-name=edif",
-        f"--access-key={server.access_key}",
-        f"--secret-key={server.secret_key}",
     )
 
 
@@ -269,23 +255,6 @@ def _make_keys(root: Path, env: Mapping[str, str]) -> None:
     )
     for name in ("client.admin", "client.rgw", "osd.0"):
         _run(["ceph-authtool", keyring, "-n", name, "--gen-key", *all_caps], env)
-
-
-def _stop(root: Path) -> None:
-    # The store is disposable, and the storage daemon takes long over a TERM.
-    for name in reversed(DAEMONS):
-        pid = _pid(root, name)
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(root, ignore_errors=True)
-
-
-def _pid(root: Path, daemon: str) -> int | None:
-    try:
-        return int((root / "run" / f"{daemon}.pid").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _environment(root: Path) -> dict[str, str]:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edif_hpc.clock import SystemClock
 from edif_hpc.domain.deployment import Deployment
@@ -37,25 +37,14 @@ from edif_hpc.slurm.order import WorkerExit
 from edif_hpc.store.sqlite import SqliteStore
 from edif_hpc.store.writer import Writer
 from edif_hpc.testing.engine import ScriptedEngine
-from edif_hpc.testing.wait import wait_until_async
-from edif_hpc.wire import codec
-from edif_hpc.wire import messages as m
-from edif_hpc.wire.sockets import Dealer, KeyPair, LinkEvent, Router
+from edif_hpc.testing.peer import Peer, until
+from edif_hpc.wire.sockets import Dealer, KeyPair, Router
 from edif_hpc.worker.runtime import WorkerRuntime
 from edif_hpc.worker.transfer import Transfer
 
-T = TypeVar("T")
-
-WAIT_S = 30.0
 LEASE_S, HEARTBEAT_S = 3.0, 0.2
 PART_BYTES = 64 << 10
-_AGAIN_S = 1.0
 MODEL_KEY = "nnsight.modeling.transformers.TransformersModel:{}"
-
-
-async def until(predicate: Callable[[], T], what: str) -> T:
-    """Wait for a condition, generously."""
-    return await wait_until_async(predicate, WAIT_S, what)
 
 
 class Disk(SqliteStore):
@@ -242,67 +231,6 @@ class Relay:
     def ends(self, request: str) -> list[str | None]:
         """How its attempts ended, the first first."""
         return [each.end for each in self.disk.attempts(request)]
-
-
-@dataclass
-class Peer:
-    """A bare connection: what a test says, it says; what it hears, the test reads."""
-
-    heard: list[m.FromRelay] = field(default_factory=list)
-    events: list[LinkEvent] = field(default_factory=list)
-    dealer: Dealer | None = None
-
-    def dial(self, endpoint: str, server_key: str, keys: KeyPair) -> None:
-        """Connect, or try to."""
-        self.dealer = Dealer(
-            endpoint=endpoint,
-            server_key=server_key,
-            keys=keys,
-            on_batch=lambda batch: self.heard.extend(map(codec.decode_from_relay, batch)),
-            on_event=lambda event, _: self.events.append(event),
-        )
-
-    def say(self, *messages: m.Message) -> None:
-        """Send messages."""
-        for each in messages:
-            self.say_bytes(codec.encode(each))
-
-    def say_bytes(self, frame: bytes) -> None:
-        """Send anything."""
-        if self.dealer is None or not self.dealer.send(frame):
-            raise ConnectionError("the frame was not queued")
-
-    async def hears(self, kind: type[T], *, nth: int = 1) -> T:
-        """The nth message of a kind."""
-
-        def found() -> list[T]:
-            mine: list[T] = [each for each in self.heard if isinstance(each, kind)]
-            return mine[nth - 1 : nth]
-
-        return (await until(found, f"the peer hears {kind.__name__} number {nth}; {self.heard}"))[
-            0
-        ]
-
-    async def greet(
-        self, *, window: int = 1, held: list[m.Held] | None = None, nonce: str = "n"
-    ) -> None:
-        """Become a warm worker; a Hello into a connection that broke is lost, so it is repeated."""
-        hello = m.Hello(versions=[1], nonce=nonce, held=held or [], state="warm")
-        before = self._welcomes()
-        for _ in range(int(WAIT_S / _AGAIN_S)):
-            self.say(hello)
-            with suppress(TimeoutError):
-                await wait_until_async(lambda: self._welcomes() > before, _AGAIN_S, "a Welcome")
-                break
-        self.say(m.Pull(window=window, executors=1))
-
-    def _welcomes(self) -> int:
-        return sum(isinstance(each, m.Welcome) for each in self.heard)
-
-    async def close(self) -> None:
-        """Hang up."""
-        if self.dealer is not None:
-            await self.dealer.close()
 
 
 @dataclass

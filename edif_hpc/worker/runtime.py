@@ -32,7 +32,7 @@ from edif_hpc.wire.sockets import LinkEvent
 from edif_hpc.worker.engine.values import Failed, Outcome, Progress, Saved
 from edif_hpc.worker.ports import Engine, Wire
 from edif_hpc.worker.results import Results
-from edif_hpc.worker.transfer import BlobDamaged, Transfer
+from edif_hpc.worker.transfer import BlobDamaged, LinkExpired, Transfer
 from edif_hpc.worker.translation import done_of, facts_of, job_of, lease_end
 from edif_hpc.worker.uploading import StoreGivenUp, Uploading
 
@@ -189,6 +189,9 @@ class WorkerRuntime:
                 await self._fetch(grant, blob_file)
             except BlobDamaged as error:
                 return Failed(kind=FailureKind.DAMAGED, message=f"{error}; send it again", meta={})
+            except LinkExpired as error:
+                self._return(grant, LeaseEnd.RELEASED, str(error))
+                return None
         async with self._seats:
             engine = self._engine
             if engine is None or not self._session.holds(grant.request, grant.attempt):
@@ -220,8 +223,7 @@ class WorkerRuntime:
     async def _answer(self, grant: m.Grant, outcome: Outcome, uploading: Uploading) -> None:
         end = lease_end(outcome)
         if isinstance(outcome, Failed) and end is not None:
-            evidence = {"cause": outcome.message}
-            self._do(self._session.returned(grant.request, grant.attempt, end, evidence))
+            self._return(grant, end, outcome.message)
         elif isinstance(outcome, Saved) and outcome.file is not None:
             self._results.keep(grant.request, grant.attempt, outcome.file)
             await self._upload(grant, outcome, outcome.file, uploading)
@@ -255,6 +257,9 @@ class WorkerRuntime:
         self.failpoints.hit("worker.send.done.before")
         self._do(self._session.finished(done, self.clock.monotonic()))
         self.failpoints.hit("worker.send.done.after")
+
+    def _return(self, grant: m.Grant, end: LeaseEnd, cause: str) -> None:
+        self._do(self._session.returned(grant.request, grant.attempt, end, {"cause": cause}))
 
     def _log(self, grant: m.Grant, text: str) -> None:
         if self._session.link is Link.GREETING:

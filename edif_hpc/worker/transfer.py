@@ -26,6 +26,12 @@ class BlobDamaged(EdifError):
     code = "blob_damaged"
 
 
+class LinkExpired(EdifError):
+    """The URL of a blob is not in force any more; a new lease brings a new one."""
+
+    code = "link_expired"
+
+
 class Refused(Unavailable):
     """The store answered a part with a refusal: its URL has expired, the upload is over, the bucket is full."""
 
@@ -33,10 +39,14 @@ class Refused(Unavailable):
 
 
 class Transfer:
-    """One HTTP client for all transfers of a worker."""
+    """One HTTP client for all transfers of a worker; `transport` replaces the network."""
 
-    def __init__(self, timeout: httpx.Timeout = _TIMEOUT) -> None:
-        self._http = httpx.AsyncClient(timeout=timeout, trust_env=True)
+    def __init__(
+        self,
+        timeout: httpx.Timeout = _TIMEOUT,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.AsyncClient(timeout=timeout, trust_env=True, transport=transport)
 
     async def close(self) -> None:
         """Close its connections."""
@@ -47,12 +57,15 @@ class Transfer:
 
         Raises:
             BlobDamaged: it is gone, or different.
+            LinkExpired: the URL is too old.
             Unavailable: the relay is away.
         """
         digest, count = hashlib.sha256(), 0
         try:
             async with self._http.stream("GET", url) as response:
-                if response.status_code in (403, 404, 410):
+                if response.status_code == httpx.codes.FORBIDDEN:
+                    raise LinkExpired("the link to the request's bytes has expired")
+                if response.status_code in (404, 410):
                     raise BlobDamaged(
                         f"the stored request cannot be read any more (HTTP {response.status_code})"
                     )

@@ -75,6 +75,19 @@ def test_a_blocking_trace_gives_the_numbers_of_a_local_run(local: ClientProcess)
     assert {"dtype", "isolation", "queued_s", "runtime", "versions"} <= set(told["meta"])
 
 
+@pytest.mark.parametrize("prompt", ["a", "Hello", "the quick brown fox"])
+def test_prompts_of_one_and_of_many_tokens(local: ClientProcess, prompt: str) -> None:
+    """A single row takes other kernels than many, and they look at how the weights lie in memory."""
+    told = local.run(f"""
+        with model.trace({prompt!r}, remote=True):
+            there = model.lm_head.output.save()
+        with here.trace({prompt!r}):
+            expected = here.lm_head.output.save()
+        report(equal=torch.equal(there, expected))
+    """)
+    assert told["equal"]
+
+
 def test_an_edit_inside_a_trace(local: ClientProcess) -> None:
     told = local.run("""
         def patched(m, **where):

@@ -94,9 +94,7 @@ async def test_a_lost_store_fails_the_whole_group(make: Make, store: Counting) -
         raise StoreUnavailable("disk I/O error")
 
     async with make(store) as writer:
-        found = await asyncio.gather(
-            *writer.submit_many([add("a"), lost]), return_exceptions=True
-        )
+        found = await asyncio.gather(*writer.submit_many([add("a"), lost]), return_exceptions=True)
         assert [type(each) for each in found] == [StoreUnavailable] * 2
         assert names(store) == []
         assert await writer.submit(add("b")) == "b"

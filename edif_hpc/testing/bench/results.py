@@ -269,3 +269,7 @@ def main(argv: list[str]) -> int:
         ):
             _measure(store, Path(folder), sizes, given.rounds)
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

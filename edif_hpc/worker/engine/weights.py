@@ -8,6 +8,8 @@ another way.
 
 Parameters and buffers are moved by *storage*: what was tied stays tied, a view stays a view, and each
 tensor keeps its identity, so that a module or a plain attribute that refers to it sees no difference.
+It also keeps its place within a cache line: matrix kernels choose their path, and so their rounding, by
+it, and the numbers have to be those of a plain load (which maps a checkpoint at whatever offset it has).
 A tensor of a special kind (quantised, on another device) stays where it is: it is private after the
 fork like any other memory, and only costs more.
 """
@@ -23,6 +25,7 @@ from typing import Protocol
 import torch
 
 ALIGNMENT = 4096
+CACHE_LINE = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -41,19 +44,21 @@ class MemoryFile:
         """Move all parameters and buffers of `module`; call `progress(done, total)` on the way."""
         groups = _by_storage(_tensors(module))
         sizes = [group[0].untyped_storage().nbytes() for group in groups]
+        phases = [group[0].untyped_storage().data_ptr() % CACHE_LINE for group in groups]
         total = sum(sizes)
         if not total:
             return 0
         fd = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, sum(map(_aligned, sizes)))
+            os.ftruncate(fd, sum(map(_aligned, map(sum, zip(phases, sizes, strict=True)))))
             flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
             memory = memoryview(mmap.mmap(fd, 0, flags=flags, prot=access))
             start = done = 0
-            for group, size in zip(groups, sizes, strict=True):
-                _write(fd, start, group[0].untyped_storage())
-                _point(group, memory[start : start + size])
-                start, done = start + _aligned(size), done + size
+            for group, phase, size in zip(groups, phases, sizes, strict=True):
+                place = start + phase
+                _write(fd, place, group[0].untyped_storage())
+                _point(group, memory[place : place + size])
+                start, done = start + _aligned(phase + size), done + size
                 progress(done, total)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         finally:

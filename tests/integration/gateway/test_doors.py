@@ -12,7 +12,8 @@ import zmq.asyncio
 from edif_hpc.domain.request import RequestState
 from edif_hpc.slurm.order import WorkerExit
 from edif_hpc.testing.engine import saved
-from edif_hpc.testing.gateway import Peer, World, until
+from edif_hpc.testing.gateway import World
+from edif_hpc.testing.peer import Peer, until
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
 from edif_hpc.wire.sockets import KeyPair, LinkEvent
@@ -159,7 +160,7 @@ async def test_an_oversized_frame_costs_its_sender_the_connection(
 @pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x80", b"\x81\xa1t\xa6hello!"])
 async def test_garbage_is_answered_and_harms_nobody(world: World, frame: bytes) -> None:
     peer = await world.peer()
-    await peer.greet()
+    await peer.greet(window=0)
     peer.say_bytes(frame)
     refused = await peer.hears(m.Refused)
     assert refused.code == "remote_protocol"

@@ -9,7 +9,8 @@ import pytest
 
 from edif_hpc.domain.request import FailureKind, RequestState
 from edif_hpc.testing.engine import failed, saved
-from edif_hpc.testing.gateway import World, until
+from edif_hpc.testing.gateway import World
+from edif_hpc.testing.peer import until
 from edif_hpc.wire import messages as m
 
 COMPLETED, ERROR, QUEUED = RequestState.COMPLETED, RequestState.ERROR, RequestState.QUEUED

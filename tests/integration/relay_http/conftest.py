@@ -329,7 +329,13 @@ def start_relay(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
     def start(*, linger_s: float = 30.0, **settings: Any) -> Relay:
         root = tmp_path / str(len(running))
         chosen = RelaySettings(
-            **{"port": 0, "data_dir": root, "max_request_bytes": LIMIT_BYTES, "poll_hold_s": 0.5, **settings}
+            **{
+                "port": 0,
+                "data_dir": root,
+                "max_request_bytes": LIMIT_BYTES,
+                "poll_hold_s": 0.5,
+                **settings,
+            }
         )
         relay = _start(root, chosen, linger_s)
         thread = threading.Thread(target=_run, args=(relay,))
