@@ -80,5 +80,6 @@ class Peer:
 
     async def close(self) -> None:
         """Hang up."""
-        if self.dealer is not None:
-            await self.dealer.close()
+        dealer, self.dealer = self.dealer, None
+        if dealer is not None:
+            await dealer.close()

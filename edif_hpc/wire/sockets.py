@@ -349,14 +349,16 @@ class Dealer:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         self._watch = _monitor(self._socket, self._on_event)
+        self._pump = _Pump(self._socket, self._receive)
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
+            self._shut()
+            self._context.term()
             raise SettingsError(
                 f"{self._endpoint!r} is not an address to dial: {error}; the relay's worker_endpoint "
                 "has the form tcp://HOST:PORT"
             ) from error
-        self._pump = _Pump(self._socket, self._receive)
 
     def _shut(self, *, linger_ms: int = 0) -> None:
         self._socket.disable_monitor()

@@ -166,6 +166,22 @@ def test_a_request_that_kills_its_workers_is_quarantined(
     assert attempts(serving, end.id)[-2:] == ["worker_lost", "worker_lost"]
 
 
+def test_relay_and_worker_die_together(serving: Stack, client: RawClient) -> None:
+    """Nobody presents the lease again, and nobody says that its holder is dead: it ends by itself."""
+    blob = Task(name="orphan", seconds=1.0).blob()
+    request_id = client.send(blob)
+    wait_until(lambda: client.poll(request_id).status == "RUNNING", 30, "it runs")
+    serving.kill_relay()
+    [gone] = serving.allocations
+    for each in serving.processes("pilot") + serving.processes("worker"):
+        each.kill()
+    serving.start_relay()
+    serving.launch(engine="noop", slots=2)
+    assert client.result(client.ended(request_id)) == result_of(blob)
+    assert attempts(serving, request_id) == ["expired", "completed"]
+    serving.bury(gone)
+
+
 def test_a_worker_dies_while_it_uploads(serving: Stack, client: RawClient) -> None:
     with Proxy(serving.port) as thin:
         thin.upload_bytes_per_s = 8 << 20

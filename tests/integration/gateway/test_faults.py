@@ -65,9 +65,31 @@ async def test_a_result_that_is_not_committed_is_not_acknowledged(world: World) 
     assert not any(each.final for each in world.relay.told[request])
     assert world.relay.ends(request) == [None]
     world.relay.disk.full = False
-    assert (await world.relay.ended(request)).state is COMPLETED
+    row = await world.relay.ended(request)
+    assert row.state is COMPLETED
+    assert "queued_s" in row.meta, "and nothing of it was forgotten"
     assert len(worker.engine.jobs) == 1, "it is presented again, not run again"
     assert len(world.relay.disk.charges()) == 1
+
+
+async def test_a_result_that_is_cancelled_before_it_is_stored_leaves_its_seat(
+    world: World,
+) -> None:
+    """The worker forgets it at once, and has nothing to give back: its heartbeat says so."""
+    peer = await world.peer()
+    await peer.greet()
+    request = await world.relay.accept()
+    grant = await peer.hears(m.Grant)
+    world.relay.disk.full = True
+    peer.say(m.Started(**lease(grant)), m.Done(**lease(grant), inline=b"r"), m.Renew())
+    await peer.hears(m.Beat)
+    await until(lambda: not world.relay.core.board.open[request].busy, "the commit fails")
+    world.relay.disk.full = False
+    await world.relay.core.broker.cancel(request, by="ada")
+    await peer.hears(m.Cancel)
+    following = await world.relay.accept()
+    peer.say(m.Renew())
+    assert (await peer.hears(m.Grant, nth=2)).request == following
 
 
 async def test_a_lease_whose_end_is_not_committed_ends_later(world: World) -> None:

@@ -108,6 +108,23 @@ async def test_a_grant_that_did_not_arrive_is_granted_again(world: World) -> Non
     again = await peer.hears(m.Grant, nth=2)
     assert again.attempt == 2
     assert world.relay.ends(request)[0] == "released"
+    await peer.greet(held=[m.Held(request=request, attempt=1)])
+    assert (await peer.hears(m.Welcome, nth=2)).keep == [], "the older attempt is over"
+
+
+async def test_a_worker_that_cannot_be_reached_is_asked_once(world: World) -> None:
+    """Its connection is gone, which shows at the next grant; the request waits for somebody else."""
+    gone = await world.peer()
+    await gone.greet()
+    await gone.close()
+    gateway = world.relay.core.gateway
+    (route,) = [each.route for each in gateway._links.values()]
+    await until(lambda: not world.relay.router.send(route, b""), "the relay's socket knows")
+    request = await world.relay.accept()
+    await until(lambda: not world.relay.core.fleet.workers, "it is not asked again")
+    worker = await world.worker()
+    await world.runs(worker, request)
+    assert world.relay.ends(request) == ["released", None]
 
 
 async def test_done_and_the_next_grant_share_a_commit(world: World) -> None:

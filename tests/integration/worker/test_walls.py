@@ -251,6 +251,13 @@ async def test_the_hubs_token_reaches_no_executor(
         assert values["found"] == []
 
 
+def readable_copy(source: str, target: str) -> str:
+    """Copy a file so that others may read it: weights are written for their owner alone."""
+    shutil.copyfile(source, target)
+    Path(target).chmod(0o644)
+    return target
+
+
 async def test_an_ordinary_user_is_walled_in_too(
     ordinary_user: list[str], tiny_gpt2: Path, tmp_path: Path
 ) -> None:
@@ -270,7 +277,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
     with tempfile.TemporaryDirectory() as public:
         os.chmod(public, 0o755)  # noqa: PTH101
-        model = shutil.copytree(tiny_gpt2, Path(public) / "model")
+        model = shutil.copytree(tiny_gpt2, Path(public) / "model", copy_function=readable_copy)
         ended = subprocess.run(  # noqa: ASYNC221
             [*ordinary_user, sys.executable, "-c", script, KEY, str(model)],
             capture_output=True,
