@@ -13,6 +13,7 @@ from statistics import quantiles
 PRIOR_S = 60.0
 _ENOUGH = 8
 _KEPT = 200
+_EVERY = 16
 
 
 class RunTimes:
@@ -20,24 +21,31 @@ class RunTimes:
 
     def __init__(self, newest: Iterable[float]) -> None:
         self._runs: deque[float] = deque(newest, maxlen=_KEPT)
-        self._p90: float | None = None
+        self._unread = 0  # runs since the figures below were made
+        self._p90, self._mean = self._figures()
 
     def add(self, run_s: float) -> None:
-        """One more run ended."""
+        """One more run ended. With many known, the figures follow every `_EVERY` runs: they are asked for far more often."""
         self._runs.append(run_s)
-        self._p90 = None
+        self._unread += 1
+        if self._unread >= _EVERY or len(self._runs) <= _EVERY:
+            self._unread = 0
+            self._p90, self._mean = self._figures()
 
     @property
     def p90_s(self) -> float:
         """A run is shorter than this nine times in ten; the prior while too few are known."""
-        if self._p90 is None:
-            self._p90 = quantiles(self._runs, n=10)[-1] if len(self._runs) >= _ENOUGH else PRIOR_S
         return self._p90
 
     @property
     def typical_s(self) -> float:
         """The mean run."""
-        return sum(self._runs) / len(self._runs) if len(self._runs) >= _ENOUGH else PRIOR_S
+        return self._mean
+
+    def _figures(self) -> tuple[float, float]:
+        if len(self._runs) < _ENOUGH:
+            return PRIOR_S, PRIOR_S
+        return quantiles(self._runs, n=10)[-1], sum(self._runs) / len(self._runs)
 
     def remaining_s(self, ran_s: float) -> float:
         """Expected rest of a run that has lasted `ran_s`."""

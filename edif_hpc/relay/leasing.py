@@ -83,12 +83,15 @@ class Leasing:
         now, times = self._clock.monotonic(), self._fleet.times(deployment)
         workers = {each.peer.key: each for each in self._fleet.serving(deployment)}
         made = 0
+        seats = {key: each.seat(now, times) for key, each in workers.items()} if queue else {}
         while queue:
-            seat = dispatch.choose_seat(each.seat(now, times) for each in workers.values())
+            seat = dispatch.choose_seat(seats.values())
             waiting = queue.pop() if seat is not None else None
             if seat is None or waiting is None:
                 break
-            self._lease(self._board.open[waiting.id], workers[seat.peer], ahead=not seat.idle)
+            worker = workers[seat.peer]
+            self._lease(self._board.open[waiting.id], worker, ahead=not seat.idle)
+            seats[seat.peer] = worker.seat(now, times)
             made += 1
         if workers and not queue:
             self._steal(workers, now)
