@@ -355,6 +355,8 @@ class Stack:
             "HF_HOME": str(self.root / "client-cache"),
             "NNSIGHT_CONFIG": str(self.root / "nnsight.yaml"),
             "NO_COLOR": "1",
+            # Sums of floats depend on how many threads share them: as many as an executor has.
+            "OMP_NUM_THREADS": str(self.engine.threads or len(os.sched_getaffinity(0))),
         }
 
 
