@@ -97,8 +97,6 @@ class RelaySettings(Settings):
     tls_key: Path | None = None
     #: largest request that a researcher may send
     max_request_bytes: int = 1 << 30
-    #: results up to this size travel inline and lie in the queue's rows
-    inline_result_bytes: int = 1 << 20
     #: S3 bucket that results go to; None keeps them in data_dir
     s3_bucket: str | None = None
     #: address of the S3 store as the relay reaches it
