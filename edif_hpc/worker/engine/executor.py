@@ -1,8 +1,8 @@
 """The process that runs one request and is thrown away.
 
 It begins as a copy of the zygote. Before it says `Ready` it locks itself up (`jail`) and only then
-starts threads and computes: the self-test warms what a first forward sets up. Then it waits. When the
-request comes it takes a new random seed from the system, because all copies of the zygote would
+starts threads and computes: if there is time, it rehearses the self-test, so that what a first forward
+sets up is not part of a request. Then it waits. When the request comes it takes a new random seed from the system, because all copies of the zygote would
 otherwise draw the same numbers; runs it; writes the result; says `Done` or `Broken`; and ends without
 running anything that the request may have left to be run at exit.
 
@@ -35,6 +35,7 @@ from edif_hpc.worker.engine.messages import (
     TO_EXECUTOR,
     Broken,
     Done,
+    Fork,
     Log,
     Message,
     Ready,
@@ -67,14 +68,15 @@ def folder_of(scratch: Path, executor: int) -> Path:
     return scratch / f"executor-{executor}"
 
 
-def main(house: House, executor: int, fds: Sequence[int]) -> NoReturn:
+def main(house: House, order: Fork, fds: Sequence[int]) -> NoReturn:
     """Live the whole life of an executor; `fds` are its socket and its result's file."""
     status = 1
     try:
-        steps = house.jail.enter(folder_of(house.scratch, executor))
+        steps = house.jail.enter(folder_of(house.scratch, order.executor))
         channel = _keep_only(fds)
         torch.set_num_threads(house.threads)
-        _warm(house)
+        if order.rehearse:
+            rehearse(house, RESULT_FD)
         channel.send(Ready(steps=steps))
         _serve(house, channel)
         status = 0
@@ -95,7 +97,7 @@ def _keep_only(fds: Sequence[int]) -> Channel:
     )
 
 
-def _warm(house: House) -> None:
+def rehearse(house: House, result_fd: int) -> None:
     """Answer the self-test for the side effects, to nobody, and forget that it was."""
     run = Run(
         blob=house.selftest,
@@ -108,7 +110,7 @@ def _warm(house: House) -> None:
         log_lines=0,
     )
     memory.data_bytes()
-    encode(_answer(house, run, [], lambda _: None), FROM_EXECUTOR_BYTES)
+    encode(_answer(house, run, [], lambda _: None, result_fd), FROM_EXECUTOR_BYTES)
     for console in house.consoles:
         console.connect(None)
     SOURCES.clear()
@@ -121,11 +123,11 @@ def _serve(house: House, channel: Channel) -> None:
     if not isinstance(message, Run):
         raise TypeError(f"an executor is sent {type(message).__name__} instead of Run")
     _limit(message)
-    channel.send(_answer(house, message, fds, channel.send))
+    channel.send(_answer(house, message, fds, channel.send, RESULT_FD))
 
 
 def _answer(
-    house: House, run: Run, fds: Sequence[int], send: Callable[[Message], None]
+    house: House, run: Run, fds: Sequence[int], send: Callable[[Message], None], result_fd: int
 ) -> Done | Broken:
     """Run a request to its end; LOG lines and the progress of the result go out by `send`."""
     meta: dict[str, Plain] = {
@@ -139,7 +141,7 @@ def _answer(
         lambda text: send(Log(text=text)), max_bytes=run.log_bytes, max_lines=run.log_lines
     )
     store = saves.Store(
-        RESULT_FD,
+        result_fd,
         inline_bytes=INLINE_BYTES,
         max_bytes=run.result_bytes,
         report=lambda size: send(Written(size=size)),
@@ -186,7 +188,10 @@ def _reseed() -> int:
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.manual_seed(seed)
+    else:  # the rest of `manual_seed` notes down, at some cost, what to do once there is a GPU
+        torch.default_generator.manual_seed(seed)
     return seed
 
 

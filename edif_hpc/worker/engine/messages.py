@@ -65,9 +65,13 @@ class Fetched:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Worker to zygote: fork an executor. Beside it: its socket, and the file for its result."""
+    """Worker to zygote: fork an executor. Beside it: its socket, and the file for its result.
+
+    With `rehearse` it runs the self-test before it is ready.
+    """
 
     executor: int
+    rehearse: bool
 
 
 @dataclass(frozen=True, kw_only=True)

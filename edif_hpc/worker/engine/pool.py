@@ -2,7 +2,8 @@
 
 Executors are forked ahead of need, so that a job finds one ready: locked up, warm, waiting. Each is used
 once. Its replacement is ordered when the job has ended, if another one is ready, so that forking does
-not compete with the job; and at once if none is.
+not compete with the job; and at once if none is. An executor rehearses before it is ready only when there
+is time for it: not when jobs run and none is left to take, because then one waits for it, or will.
 
 A job ends in one of these ways: the executor says so; it dies (then the evidence decides between a crash
 and memory that ran out); its time is over; or the caller cancels the task, and then `run` returns only
@@ -62,6 +63,7 @@ class Engine:
         self._ready: deque[Seat] = deque()
         self._waiting: deque[asyncio.Future[Seat | None]] = deque()
         self._warming = 0
+        self._running = 0
         self._failed_starts = 0
         self._oom_kills = evidence.oom_kills()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +128,15 @@ class Engine:
         final, while it grows. Cancelling the calling task kills the executor; `CancelledError` is raised
         when it is reaped.
         """
+        self._running += 1
+        try:
+            return await self._run(job, on_log, on_written)
+        finally:
+            self._running -= 1
+
+    async def _run(
+        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
+    ) -> Outcome:
         seat = await self._take()
         if seat is None:
             return self._engine_failure()
@@ -203,17 +214,18 @@ class Engine:
         """Order as many executors as are missing."""
         if self.died.done():
             return
+        rehearse = bool(self._ready) or self._running == 0
         for _ in range(self.spec.ready - len(self._ready) - self._warming):
             self._warming += 1
-            self._spawn(self._hire(), "engine-executor")
+            self._spawn(self._hire(rehearse=rehearse), "engine-executor")
 
-    async def _hire(self) -> None:
+    async def _hire(self, *, rehearse: bool) -> None:
         """Have an executor forked, see it ready, and later see it reaped."""
         seat = Seat(next(self._numbers), self.spec.scratch)
         self._seats[seat.number] = seat
         try:
             async with asyncio.timeout(self.spec.ready_timeout_s):
-                order = Fork(executor=seat.number)
+                order = Fork(executor=seat.number, rehearse=rehearse)
                 await self._zygote.channel.send(order, [seat.theirs.fileno(), seat.result_fd])
                 seat.handed_over()
                 await seat.ready()

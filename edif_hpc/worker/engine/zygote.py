@@ -1,9 +1,10 @@
 """The process that holds the imports and the weights, and forks executors.
 
 It is executed fresh, with an environment built for it and no descriptor but one, so that nothing of the
-worker's (keys, sockets) can be inherited by what it forks. It loads the model once and from then on does
-three things: forks an executor on order, reaps those that ended, and says so. No request reaches it, and
-it never computes: a child of a process that has computed with threads hangs in the thread library.
+worker's (keys, sockets) can be inherited by what it forks. It loads the model once, rehearses the
+self-test, and from then on does three things: forks an executor on order, reaps those that ended, and
+says so. No request reaches it, and it computes with one thread only: a child of a process that has
+computed with more hangs in the thread library.
 
 It dies with the worker, and every executor dies with it.
 
@@ -88,7 +89,7 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     report = _reporter(channel)
     report("importing", 0, 0)
     from edif_hpc.worker.engine import loading, memory, selftest, weights  # noqa: PLC0415 - heavy
-    from edif_hpc.worker.engine.executor import House  # noqa: PLC0415
+    from edif_hpc.worker.engine.executor import House, rehearse  # noqa: PLC0415
 
     loading.be_one_thread()
     report("loading", 0, 0)
@@ -108,6 +109,8 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
         selftest=blob,
         consoles=consoles,
     )
+    # What a first forward imports, caches and compiles, every executor finds done.
+    rehearse(house, os.memfd_create("rehearsal", os.MFD_CLOEXEC))
     memory.settle()
     info |= {
         "isolation": {
@@ -163,7 +166,7 @@ class Zygote:
         if pid == 0:
             from edif_hpc.worker.engine import executor  # noqa: PLC0415 - the parent never needs it
 
-            executor.main(self._house, message.executor, fds)
+            executor.main(self._house, message, fds)
         for fd in fds:
             os.close(fd)
         pidfd = os.pidfd_open(pid)

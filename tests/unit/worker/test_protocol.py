@@ -144,7 +144,13 @@ async def test_large_orders_sent_at_once_do_not_mix() -> None:
         model_key="k" * 1_000_000, folder="/", commit=None, dtype="auto", device="cpu", threads=1,
         scratch="/", ceiling="full", floor="full",
     )  # fmt: skip
-    orders: list[Message] = [load, Fork(executor=1), load, Fork(executor=2), load]
+    orders: list[Message] = [
+        load,
+        Fork(executor=1, rehearse=True),
+        load,
+        Fork(executor=2, rehearse=False),
+        load,
+    ]
     fds = [os.dup(0), os.dup(0)]
 
     def receive_all() -> list[tuple[Message, int]]:
