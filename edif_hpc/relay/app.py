@@ -100,6 +100,11 @@ def init_data_dir(settings: RelaySettings, *, operator_name: str) -> str:
     return format_token(token.id, secret)
 
 
+#: How long the loop may keep the store's thread from the interpreter, and the other way round. A commit
+#: needs it for some microseconds at a time, often; with Python's 5 ms it would mostly wait.
+SWITCH_S = 0.0005
+
+
 class Relay:
     """One relay: made on a running loop by `start`, served by `run`."""
 
@@ -121,6 +126,7 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until `stop`; raises what made it impossible."""
+        sys.setswitchinterval(SWITCH_S)
         settings, clock, failpoints = self._settings, self._clock, self._failpoints
         keys, signer = self._secrets()
         store = SqliteStore(self._data.database, failpoints)

@@ -126,7 +126,8 @@ class Board:
         if queue is not None:
             queue.remove(request.id)
         self._telling.canonical(request)
-        self.background(self._finish(entry, request, inline))
+        if entry.session is not None or entry.upload is not None or _has_file(request):
+            self.background(self._finish(entry, request, inline))
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that nobody awaits; its failure is logged."""
@@ -144,7 +145,7 @@ class Board:
         if session is not None:
             session.requests.discard(request.id)
             session.push(await self._telling.ended(request, session.base_url, inline=inline))
-        if request.blob_bytes > INLINE_BLOB_BYTES:
+        if _has_file(request):
             await asyncio.to_thread(self._blobs.delete, request.id)
         kept = request.result.key if request.result is not None else None
         if entry.upload is not None and entry.upload.key != kept:
@@ -158,6 +159,11 @@ class Board:
                 exc_info=task.exception(),
                 extra={"event": "background_failed"},
             )
+
+
+def _has_file(request: Request) -> bool:
+    """Whether its blob lies in the blob folder."""
+    return request.blob_bytes > INLINE_BLOB_BYTES
 
 
 def when_settled(

@@ -83,7 +83,11 @@ class Leasing:
         now, times = self._clock.monotonic(), self._fleet.times(deployment)
         workers = {each.peer.key: each for each in self._fleet.serving(deployment)}
         made = 0
-        seats = {key: each.seat(now, times) for key, each in workers.items()} if queue else {}
+        seats = {
+            key: each.seat(now, times)
+            for key, each in workers.items()
+            if queue and len(each.leases) < each.window
+        }
         while queue:
             seat = dispatch.choose_seat(seats.values())
             waiting = queue.pop() if seat is not None else None

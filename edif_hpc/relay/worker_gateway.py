@@ -304,7 +304,7 @@ class WorkerGateway:
             model_key=request.model_key,
             compress=request.compress,
             env=dict(request.env),
-            limits={key: float(value) for key, value in asdict(request.limits).items()},
+            limits={key: float(value) for key, value in vars(request.limits).items()},
             blob=grant.blob,
             blob_url="" if inline else self._base_url + self._blob_link(request.id),
             blob_bytes=request.blob_bytes,

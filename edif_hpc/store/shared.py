@@ -44,6 +44,8 @@ class SharedStore(ABC):
         self._failpoints = failpoints or Failpoints()
         self._turn = threading.Lock()
         self._writing: int | None = None  # ident of the thread with the open transaction
+        # What each leased request has, as of the last change; every undoing empties it.
+        self._leased: dict[str, Stored] = {}
 
     # -- transactions ----------------------------------------------------------------------------
     @contextmanager
@@ -59,6 +61,7 @@ class SharedStore(ABC):
                 self._failpoints.hit("store.commit.before")
                 self._commit()
             except BaseException:
+                self._leased.clear()
                 self._rollback()
                 raise
             finally:
@@ -73,6 +76,7 @@ class SharedStore(ABC):
         try:
             yield
         except BaseException:
+            self._leased.clear()
             self._undo(mark)
             raise
         self._keep(mark)
@@ -100,13 +104,18 @@ class SharedStore(ABC):
         request, attempt = rules.leased(self._stored(request_id), holder, now)
         self._insert_attempt(attempt)
         self._update_request(request)
+        self._leased[request_id] = Stored(request=request, newest=attempt)
         return Grant(request=request, blob=self.blob(request_id))
 
     def start(self, request_id: str, attempt: int, holder: str, now: float) -> Request:
         """DISPATCHED → RUNNING."""
         stored = self._stored(request_id)
         change = rules.started(stored, attempt, holder, now)
-        return stored.request if change is None else self._apply(change)
+        if change is None:
+            return stored.request
+        started = self._apply(change)
+        self._leased[request_id] = Stored(request=started, newest=change.attempt)
+        return started
 
     def release(
         self,
@@ -177,12 +186,13 @@ class SharedStore(ABC):
 
     def _stored(self, request_id: str) -> Stored:
         self._require_transaction()
-        stored = self._load(request_id)
+        stored = self._leased.get(request_id) or self._load(request_id)
         if stored is None:
             raise NotFound(f"there is no request {request_id}")
         return stored
 
     def _apply(self, change: Change) -> Request:
+        self._leased.pop(change.request.id, None)
         if change.attempt is not None:
             self._update_attempt(change.attempt)
         self._update_request(change.request)

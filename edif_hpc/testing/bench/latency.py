@@ -2,7 +2,8 @@
 
 Relay, worker, executors and clients share this machine. Every client is a process of its own with the real nnsight; the
 times are those of the whole `with model.trace(..., remote=True)` block. The local figure is the same block without
-`remote`, in the same run.
+`remote`, in the same run. Beside the times stands where the processor's time went, per request: what a client spends in
+itself (mostly httpx reading its certificates) is a floor that no server can go below.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,16 @@ for _ in range(3):
     once()
 print("ready", flush=True)
 sys.stdin.readline()
-began = time.perf_counter()
+began, worked = time.perf_counter(), time.process_time()
 times = [once() for _ in range(count)]
-print(json.dumps({"times": times, "took": time.perf_counter() - began}), flush=True)
+worked = time.process_time() - worked
+print(json.dumps({"times": times, "took": time.perf_counter() - began, "worked": worked}), flush=True)
+sys.stdin.readline()
 """
 
 
-def _clients(
-    environ: dict[str, str], clients: int, count: int, how: str
-) -> tuple[list[float], float]:
-    """Latencies in seconds of all clients, and requests per second."""
+def _clients(environ: dict[str, str], clients: int, count: int, how: str, stack: Stack) -> Row:
+    """Run so many clients at once."""
     command = [sys.executable, "-W", "ignore", "-c", _CLIENT, str(count), how]
     running = [
         subprocess.Popen(
@@ -64,20 +66,52 @@ def _clients(
     for each in running:
         if each.stdout is None or each.stdout.readline().strip() != "ready":
             raise RuntimeError(f"a client of the bench did not start (exit {each.wait()})")
+    before = _worked(stack)
     for each in running:
         if each.stdin is not None:
             each.stdin.write("\n")
             each.stdin.flush()
     outs: list[dict[str, Any]] = [
-        json.loads(each.communicate(timeout=600.0)[0].strip().splitlines()[-1]) for each in running
+        json.loads(each.stdout.readline()) for each in running if each.stdout is not None
     ]
+    after = _worked(stack)
+    for each in running:
+        each.communicate("\n", timeout=60.0)
     times = [each for out in outs for each in out["times"]]
-    return times, len(times) / max(out["took"] for out in outs)
+    return Row(
+        times=times,
+        rate=len(times) / max(out["took"] for out in outs),
+        worked={"client": sum(out["worked"] for out in outs)}
+        | {kind: after[kind] - before[kind] for kind in after},
+    )
 
 
-def _row(name: str, times: list[float], rate: float) -> str:
-    cuts = statistics.quantiles(times, n=20)
-    return f"  {name:<34} p50 {statistics.median(times) * 1e3:7.1f} ms   p95 {cuts[-1] * 1e3:7.1f} ms   {rate:6.1f} req/s"
+def _worked(stack: Stack) -> dict[str, float]:
+    """Seconds of processor time of the relay, the worker, and the zygote with all executors that have ended."""
+    seconds = dict.fromkeys(("relay", "worker", "executors"), 0.0)
+    for each in stack.processes():
+        kind = "executors" if each.kind in ("zygote", "executor") else each.kind
+        if kind in seconds:
+            fields = Path(f"/proc/{each.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks = fields[11:15] if kind == "executors" else fields[11:13]  # with the reaped
+            seconds[kind] += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table."""
+
+    times: list[float]  #: seconds of each request
+    rate: float  #: requests per second
+    worked: dict[str, float]  #: seconds of processor time by kind of process
+
+    def text(self, name: str) -> str:
+        """For people."""
+        p50, p95 = statistics.median(self.times), statistics.quantiles(self.times, n=20)[-1]
+        line = f"  {name:<18} p50 {p50 * 1e3:6.1f} ms   p95 {p95 * 1e3:6.1f} ms   {self.rate:6.1f} req/s"
+        parts = (f"{k} {v / len(self.times) * 1e3:.1f}" for k, v in self.worked.items() if v > 0)
+        return f"{line}   processor ms each: {', '.join(parts)}"
 
 
 def main(argv: list[str]) -> int:
@@ -109,13 +143,14 @@ def main(argv: list[str]) -> int:
             print(
                 f"tiny GPT-2, unmodified nnsight client, {os.cpu_count()} cores (fsync per commit: yes, CURVE: yes, isolation: {level})"
             )
-            print(_row("local, 1 client", *_clients(environ, 1, given.count, "local")))
-            print(_row("remote, 1 client", *_clients(environ, 1, given.count, "remote")))
-            print(
-                _row(
-                    "remote, 8 clients", *_clients(environ, 8, max(10, given.count // 4), "remote")
-                )
-            )
+            several = max(10, given.count // 4)
+            for clients, count, how in (
+                (1, given.count, "local"),
+                (1, given.count, "remote"),
+                (8, several, "remote"),
+            ):
+                row = _clients(environ, clients, count, how, stack)
+                print(row.text(f"{how}, {clients} client{'s' if clients > 1 else ''}"), flush=True)
     return 0
 
 
