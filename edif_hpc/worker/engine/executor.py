@@ -188,7 +188,7 @@ def _reseed() -> int:
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
     np.random.seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.manual_seed(seed)
     else:  # the rest of `manual_seed` notes down, at some cost, what to do once there is a GPU
         torch.default_generator.manual_seed(seed)
