@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from edif_hpc.testing.absent import absent
 from edif_hpc.testing.audit import audit
 from edif_hpc.testing.noop_worker import Task, result_of
 from edif_hpc.testing.proxy import Proxy
@@ -245,7 +246,7 @@ class SmallDisk:
 def tight(tmp_path: Path) -> Iterator[tuple[Stack, SmallDisk]]:
     """A stack, and the small disk of its relay."""
     if os.geteuid() != 0:
-        pytest.skip("only root may mount a small disk")
+        absent("only root may mount a small disk")
     root = tmp_path / "stack"
     disk = SmallDisk(root / "relay")
     try:
