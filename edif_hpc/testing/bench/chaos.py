@@ -204,9 +204,16 @@ class Reaper:
     """Kills by plan, and plays the launcher."""
 
     def __init__(
-        self, stack: Stack, report: Report, *, engine: str, slots: int, pause_s: float
+        self,
+        stack: Stack,
+        report: Report,
+        *,
+        engine: str,
+        slots: int,
+        pause_s: float,
+        on_kill: Callable[[Report], None],
     ) -> None:
-        self._stack, self._report = stack, report
+        self._stack, self._report, self._on_kill = stack, report, on_kill
         self._engine, self._slots, self._pause_s = engine, slots, pause_s
         self._chance = random.Random(f"{report.seed} kills")  # noqa: S311 - repeatable
 
@@ -224,6 +231,7 @@ class Reaper:
             victim = wait_until(look, RECOVERY_S, f"there is a {kind} to kill")
             if victim is not None and victim.kill(signal.SIGKILL):
                 self._report.kills[kind] += 1
+                self._on_kill(self._report)
                 if kind == "relay":
                     self._stack.wait_relay()
         wait_until(self._tended_for(0), RECOVERY_S, "what was killed is tended")
@@ -293,8 +301,9 @@ def run(
     clients: int = 6,
     slots: int = 2,
     pause_s: float = 1.0,
+    on_kill: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """One run; `model` is needed by the real engine."""
+    """One run; `model` is needed by the real engine. `on_kill` hears of each kill."""
     report = Report(seed=seed)
     models = {MODEL: model} if model else {}
     facts = EngineFacts(threads=1)  # two workers share the cores
@@ -308,7 +317,10 @@ def run(
         load = Load(client, work, clients=clients, seed=seed)
         load.start()
         try:
-            Reaper(stack, report, engine=engine, slots=slots, pause_s=pause_s).run(kills)
+            reaper = Reaper(
+                stack, report, engine=engine, slots=slots, pause_s=pause_s, on_kill=on_kill
+            )
+            reaper.run(kills)
         finally:
             load.finish()
         wait_until(
@@ -325,7 +337,12 @@ def run(
 
 
 @click.command()
-@click.option("--kills", default=200, show_default=True, help="Kills of each kind of process.")
+@click.option(
+    "--kills",
+    default="200",
+    show_default=True,
+    help="Kills of each kind of process, or of some kinds: relay=200,executor=200,worker=20.",
+)
 @click.option("--seed", type=int, help="Repeats a run's choices; a new one is drawn and printed.")
 @click.option(
     "--engine",
@@ -340,26 +357,51 @@ def run(
     "--pause", default=1.0, show_default=True, help="Longest pause between two kills, in seconds."
 )
 def main(
-    kills: int, seed: int | None, engine: str, clients: int, slots: int, pause: float
+    kills: str, seed: int | None, engine: str, clients: int, slots: int, pause: float
 ) -> None:
     """Kill relay, workers, pilots and executors at random under load."""
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     click.echo(f"seed {seed}")
-    kinds = KINDS if engine == "real" else tuple(kind for kind in KINDS if kind != "executor")
+    plan = _plan(kills, KINDS if engine == "real" else KINDS[:-1])
+    began = time.monotonic()
+
+    def tell(report: Report) -> None:
+        done, whole = report.kills.total(), sum(plan.values())
+        if done % max(1, whole // 20) == 0:
+            click.echo(
+                f"  {done} of {whole} kills after {time.monotonic() - began:.0f} s", err=True
+            )
+
     with tempfile.TemporaryDirectory(prefix="edif-chaos-") as folder:
         model = build_tiny_gpt2(Path(folder) / "model") if engine == "real" else None
         report = run(
             Path(folder) / "stack",
             model=model,
-            kills=dict.fromkeys(kinds, kills),
+            kills=plan,
             seed=seed,
             engine=engine,
             clients=clients,
             slots=slots,
             pause_s=pause,
+            on_kill=tell,
         )
     click.echo("\n".join(report.lines()))
     sys.exit(not report.ok)
+
+
+def _plan(text: str, kinds: tuple[str, ...]) -> dict[str, int]:
+    """How many kills of which kind."""
+    if text.isdigit():
+        return dict.fromkeys(kinds, int(text))
+    plan = {}
+    for part in text.split(","):
+        kind, _, count = part.partition("=")
+        if kind not in kinds or not count.isdigit():
+            raise click.BadParameter(
+                f"{part!r} is not KIND=COUNT with a KIND of {', '.join(kinds)}"
+            )
+        plan[kind] = int(count)
+    return plan
 
 
 if __name__ == "__main__":
