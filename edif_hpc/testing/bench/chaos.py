@@ -17,7 +17,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -26,24 +25,19 @@ from pathlib import Path
 from typing import Final
 
 import click
-import httpx
-from websockets.exceptions import WebSocketException
 
 from edif_hpc.slurm.order import EngineFacts
 from edif_hpc.testing.audit import Audit, audit
+from edif_hpc.testing.load import RECOVERY_S, Load
 from edif_hpc.testing.models import build_tiny_gpt2
 from edif_hpc.testing.operator import Unexpected
 from edif_hpc.testing.processes import Process
-from edif_hpc.testing.raw_client import RawClient, RawSession, Told
 from edif_hpc.testing.stack import MODEL, Stack
 from edif_hpc.testing.wait import wait_until
-from edif_hpc.testing.work import NoopWork, Piece, Work, capture
+from edif_hpc.testing.work import NoopWork, capture
 
 KINDS: Final = ("relay", "worker", "pilot", "executor")
 SETTINGS: Final = {"lease_s": 6.0, "heartbeat_s": 0.5, "poll_hold_s": 0.1, "log_level": "warning"}
-HONEST: Final = frozenset({"crash"})
-RECOVERY_S: Final = 180.0
-_AWAY = (httpx.TransportError, WebSocketException, OSError, EOFError, TimeoutError)
 
 
 @dataclass(kw_only=True)
@@ -84,120 +78,6 @@ class Report:
                 else ["no kill hit a leased request: this run proves nothing"]
             ),
         ]
-
-
-class Load:
-    """The clients, each a thread."""
-
-    def __init__(self, client: RawClient, work: Work, *, clients: int, seed: int) -> None:
-        self.right: dict[str, Callable[[bytes], bool]] = {}
-        self.faults: list[str] = []
-        self.sent_again = 0
-        self._client, self._work = client, work
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(
-                target=self._run,
-                args=(number, random.Random(f"{seed} client {number}")),  # noqa: S311 - repeatable
-                name=f"client-{number}",
-            )
-            for number in range(clients)
-        ]
-
-    def start(self) -> None:
-        """Begin to send."""
-        for thread in self._threads:
-            thread.start()
-
-    def finish(self) -> None:
-        """Send no more, and wait for the ends of what was sent."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, number: int, chance: random.Random) -> None:
-        try:
-            if number % 2:
-                self._poll(chance)
-            else:
-                self._listen(chance)
-        except Exception as error:  # noqa: BLE001 - a client that breaks is a finding
-            self.faults.append(f"client {number} broke: {error!r}")
-
-    def _poll(self, chance: random.Random) -> None:
-        while not self._stop.is_set():
-            piece = self._work.piece(chance)
-            self._check(self._client.ended(self._sent(piece, None), RECOVERY_S), piece)
-
-    def _listen(self, chance: random.Random) -> None:
-        """One socket for many requests, so that a second end of one would be seen."""
-        while not self._stop.is_set():
-            ended: set[str] = set()
-            try:
-                session = self._client.subscribe()
-            except _AWAY:
-                self._stop.wait(0.05)
-                continue
-            with session:
-                while not self._stop.is_set() and self._listen_once(
-                    session, self._work.piece(chance), ended
-                ):
-                    pass
-
-    def _listen_once(self, session: RawSession, piece: Piece, ended: set[str]) -> bool:
-        """Send one and hear its end; False if the socket broke."""
-        request_id = self._sent(piece, session)
-        if not request_id:
-            return False
-        while True:
-            try:
-                told = session.next(RECOVERY_S)
-            except _AWAY:
-                self._check(self._client.ended(request_id, RECOVERY_S), piece)
-                return False
-            if told.id in ended:
-                self.faults.append(f"{told.id}: a {told.status} frame after its end")
-            if told.id == request_id and told.ended:
-                ended.add(told.id)
-                self._check(told, piece)
-                return True
-
-    def _sent(self, piece: Piece, session: RawSession | None) -> str:
-        """Send until RECEIVED; a listening client whose socket broke gives up with an empty id."""
-        while True:
-            try:
-                request_id = self._client.send(
-                    piece.blob, compress=piece.compress, session=session.id if session else ""
-                )
-            except httpx.HTTPStatusError as error:
-                if session is not None and error.response.status_code == httpx.codes.NOT_FOUND:
-                    return ""  # a relay that was started anew knows no sessions
-                if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                    raise
-            except _AWAY:
-                self.sent_again += 1
-                self._stop.wait(0.05)
-            else:
-                self.right[request_id] = piece.right
-                return request_id
-
-    def _check(self, end: Told, piece: Piece) -> None:
-        if end.status == "ERROR":
-            if end.kind not in HONEST:
-                self.faults.append(f"{end.id}: ended with {end.kind}: {end.description}")
-            return
-        if not piece.right(self._fetched(end)):
-            self.faults.append(f"{end.id}: its client was given a wrong result")
-
-    def _fetched(self, end: Told) -> bytes:
-        def attempt() -> tuple[bytes] | None:
-            try:
-                return (self._client.result(end),)
-            except _AWAY:
-                return None
-
-        found = wait_until(attempt, RECOVERY_S, f"the result of {end.id} is fetched")
-        return found[0] if found else b""
 
 
 class Reaper:
