@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from edif_hpc.telemetry import set_up_logging
 
 
 async def _serve(order: PilotOrder) -> str:
-    pilot = Pilot(order=order, clock=SystemClock())
+    pilot = Pilot(order=order, clock=SystemClock(), environ=dict(os.environ))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         loop.add_signal_handler(number, pilot.stop)

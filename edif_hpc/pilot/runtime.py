@@ -4,7 +4,7 @@ It makes the keys on the node and registers them with the allocation's one-time 
 starts it again when it dies early, passes signals on as a drain, and tells the relay at once when the worker's process is
 gone, so that nobody waits for a lease to expire. What it did is in `exit.json`.
 
-If the pilot itself is killed, the kernel sends the worker SIGTERM: it finishes what runs and leaves.
+If the pilot itself is killed, the worker notices (see `worker_process`): it finishes what runs and leaves.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import secrets
-import signal
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,15 +26,13 @@ from edif_hpc.clock import Clock
 from edif_hpc.errors import LaunchError
 from edif_hpc.pilot.link import PilotLink
 from edif_hpc.pilot.restart import Restart, after_exit
+from edif_hpc.pilot.worker_process import WorkerProcess
 from edif_hpc.slurm.order import PilotOrder, WorkerOrder, write_order
 from edif_hpc.wire.sockets import KeyPair
 
 _log = logging.getLogger(__name__)
 
 _JOIN_TRIES = 8
-_KILL_AFTER_S = 60.0
-_TAIL_CHARS = 8000
-_READ_BYTES = 64 << 10
 
 
 @dataclass(kw_only=True)
@@ -45,8 +41,9 @@ class Pilot:
 
     order: PilotOrder
     clock: Clock
+    #: Of this process, for what is started; None passes it on unseen.
+    environ: Mapping[str, str] | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
-    _tail: str = ""
     _starts: int = 0
 
     async def run(self) -> str:
@@ -64,15 +61,18 @@ class Pilot:
         cause = "the pilot failed"
         try:
             cause = await self._keep_alive(order_file, link)
+        except LaunchError as error:
+            cause = str(error)
+            raise
         finally:
             order_file.unlink(missing_ok=True)
+            record = {
+                "cause": cause,
+                "seconds": round(self.clock.monotonic() - began, 1),
+                "worker_starts": self._starts,
+            }
+            order_file.with_name("exit.json").write_text(json.dumps(record))
             await link.goodbye(cause)
-        record = {
-            "cause": cause,
-            "seconds": round(self.clock.monotonic() - began, 1),
-            "worker_starts": self._starts,
-        }
-        order_file.with_name("exit.json").write_text(json.dumps(record))
         return cause
 
     def stop(self) -> None:
@@ -80,7 +80,7 @@ class Pilot:
         self._stop.set()
 
     def _write_worker_order(self, joined: Mapping[str, Any], keys: KeyPair) -> Path:
-        scratch = Path(self.order.scratch)
+        scratch = Path(os.path.expandvars(self.order.scratch))  # variables of this node
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = scratch / "worker.order"
         order = WorkerOrder(
@@ -146,46 +146,14 @@ class Pilot:
 
     async def _run_worker(self, order_file: Path, link: PilotLink) -> int:
         nonce = secrets.token_hex(8)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-u",
-            "-m",
-            self.order.worker_module,
-            str(order_file),
-            str(os.getpid()),
-            nonce,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
+        worker = await WorkerProcess.start(self.order, order_file, nonce, self.environ)
+        link.report("worker_started", f"pid {worker.pid}", nonce=nonce)
+        ending = asyncio.create_task(
+            worker.end_on(self._stop.wait(), link.until_refused()), name="end-worker"
         )
-        link.report("worker_started", f"pid {process.pid}", nonce=nonce)
-        reading = asyncio.create_task(self._read(process), name="read-worker")
-        ending = asyncio.create_task(self._end_on_stop(process, link), name="end-worker")
-        code = await process.wait()
+        code = await worker.ended()
         ending.cancel()
-        await asyncio.gather(ending, reading, return_exceptions=True)
+        await asyncio.gather(ending, return_exceptions=True)
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        link.report("worker_exited", f"{self._tail}\n{how}", nonce=nonce)
+        link.report("worker_exited", f"{worker.tail}\n{how}", nonce=nonce)
         return code
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        if process.stdout is None:
-            return
-        while data := await process.stdout.read(_READ_BYTES):  # a line may be of any length
-            text = data.decode(errors="replace")
-            self._tail = (self._tail + text)[-_TAIL_CHARS:]
-            sys.stdout.write(text)
-
-    async def _end_on_stop(self, process: asyncio.subprocess.Process, link: PilotLink) -> None:
-        waits = [asyncio.create_task(self._stop.wait()), asyncio.create_task(link.until_refused())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            process.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(asyncio.shield(process.wait()), timeout=_KILL_AFTER_S)
-        except TimeoutError:
-            _log.warning("the worker did not drain in time", extra={"event": "worker_killed"})
-            process.kill()
-        finally:
-            for each in waits:
-                each.cancel()

@@ -10,9 +10,16 @@ import os
 import signal
 import sys
 
+PILOT = "edif_hpc.pilot.app"
 
-def enter(order: str) -> None:
-    """Replace this process by the pilot of an order."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGCONT):
+
+def enter(order: str, module: str = PILOT) -> None:
+    """Replace this process by the pilot of an order, or by another module of the same kind."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "edif_hpc.pilot.app", order])  # noqa: S606 - our own interpreter
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # a warning that comes before anyone listens must not kill
+        signal.signal(number, signal.SIG_IGN)
+    os.execv(sys.executable, [sys.executable, "-u", "-m", module, order])  # noqa: S606 - our own interpreter

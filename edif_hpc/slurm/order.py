@@ -7,12 +7,16 @@ the worker. Both are JSON with checked fields. What comes back is an exit code, 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from edif_hpc.errors import SettingsError
+
+Vendor = Literal["nvidia", "amd", "none"]
 
 
 class WorkerExit(IntEnum):
@@ -37,6 +41,21 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     failpoints: str = ""
 
 
+class ContainerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The image that the worker runs in, and how; what a site's `Container` says, and what it takes from elsewhere."""
+
+    image: str  #: path of a SIF that this node can read
+    sha256: str | None = None  #: what it must hash to; without it anything at that path is run
+    apptainer: str = "apptainer"
+    vendor: Vendor = "none"  #: whose GPUs are let in
+    binds: tuple[str, ...] = ()  #: more folders, as `--bind` wants them
+    env: Mapping[
+        str, str
+    ] = {}  #: more variables inside; no secrets, they are shown to whoever may look
+    copies: str = ""  #: a folder of the node, ours alone, for copies of images (may hold $VARS); "" is in the scratch
+    python: str = "/opt/edif-hpc/bin/python"  #: the image's interpreter
+
+
 class PilotOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a pilot is to do."""
 
@@ -46,6 +65,9 @@ class PilotOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     scratch: str
     engine: EngineFacts = EngineFacts()
     worker_module: str = "edif_hpc.worker.app"  #: what the pilot runs as its worker
+    container: ContainerOrder | None = (
+        None  #: without one the worker runs on the host, by the pilot's own Python
+    )
 
 
 class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,10 +84,15 @@ class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def write_order(path: Path, order: msgspec.Struct) -> None:
     """Write an order for its owner alone."""
+    write_private(path, msgspec.json.encode(order))
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "wb") as file:
         os.fchmod(fd, 0o600)  # of a file that was there before, too
-        file.write(msgspec.json.encode(order))
+        file.write(content)
 
 
 def read_pilot_order(path: Path) -> PilotOrder:

@@ -1,0 +1,219 @@
+"""The launcher: carries out a relay's orders at the scheduler of one site.
+
+One *round* lists our jobs, tells the relay, fetches what is to be cancelled and submitted, does it, and says what came of it. It
+decides nothing and keeps nothing: all that must be remembered is in the relay's rows and in Slurm's job names, so it may be
+killed at any point, run from cron, or run twice. What an interrupted round leaves behind is one of these:
+
+- an order fetched and not submitted: the relay gives it out again when two later listings have shown no such job;
+- a job submitted and not reported: the next listing shows it by its name, and the relay takes it for the order's;
+- a submission whose outcome is not known (sbatch timed out): the same two cases; it is never tried again here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from edif_hpc.errors import LaunchError, SlurmUnavailable, SubmitRefused, SubmitUnknown
+from edif_hpc.slurm.order import ContainerOrder, PilotOrder, write_order
+from edif_hpc.slurm.site import Site
+from edif_hpc.slurm.status import JobLine
+from edif_hpc.slurm.submit import Submission, check_folder, submission_for
+
+_log = logging.getLogger(__name__)
+
+AT_A_TIME = 4
+
+
+class Relay(Protocol):
+    """The relay as a launcher sees it."""
+
+    url: str
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON of a POST."""
+
+
+class Scheduler(Protocol):
+    """What the site's scheduler shows and ends."""
+
+    def list_jobs(self) -> list[JobLine]:
+        """All our jobs that wait or run; `SlurmUnavailable` if it cannot be asked."""
+
+    def cancel(self, job_id: str, *, name: str) -> None:
+        """End a job, if it has that name; `SlurmUnavailable` if it could not be told."""
+
+
+class Submitter(Protocol):
+    """How the site takes submissions."""
+
+    def submit(self, submission: Submission) -> str:
+        """Submit; `SubmitRefused` if there is no job, `SubmitUnknown` if there may be one."""
+
+
+@dataclass(kw_only=True)
+class Round:
+    """What a round did; `doubtful` are submissions whose outcome is not known."""
+
+    listed: int | None = None
+    submitted: list[tuple[str, str]] = field(default_factory=list)  #: name, job id
+    refused: list[tuple[str, str]] = field(default_factory=list)  #: name, why
+    cancelled: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people: what happened, nothing if nothing did."""
+        out = ["the scheduler could not be asked"] if self.listed is None else []
+        out += [f"submitted {name} as job {job_id}" for name, job_id in self.submitted]
+        out += [f"refused: {why}" for _, why in self.refused]
+        out += [f"cancelled {name}" for name in self.cancelled]
+        out += [
+            f"not known whether {name} was submitted; looking for it" for name in self.doubtful
+        ]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """The launcher of one site, under a name of its own."""
+
+    site: Site
+    name: str
+    relay: Relay
+    scheduler: Scheduler
+    submitter: Submitter
+
+    def round(self) -> Round:
+        """One round.
+
+        Raises:
+            Unavailable: the relay cannot be reached; nothing was done.
+        """
+        done = Round()
+        jobs, trouble = self._list()
+        done.listed = None if jobs is None else len(jobs)
+        self._report(jobs=jobs, detail=trouble)
+        asked = {"site": self.site.name, "launcher": self.name, "limit": AT_A_TIME}
+        for order in self.relay.post("/api/launcher/orders", asked)["orders"]:
+            if order["kind"] == "cancel":
+                self._cancel(order, jobs or [], done)
+            else:
+                self._submit(order, done)
+        return done
+
+    def _list(self) -> tuple[list[JobLine] | None, str]:
+        try:
+            return self.scheduler.list_jobs(), ""
+        except SlurmUnavailable as error:
+            return None, str(error)
+
+    def _submit(self, order: dict[str, Any], done: Round) -> None:
+        name, allocation = order["name"], order["allocation"]
+        try:
+            job_id = self.submitter.submit(self._submission(order))
+        except SubmitRefused as error:
+            done.refused.append((name, str(error)))
+            refused = {"allocation": allocation, "kind": error.kind, "detail": str(error)}
+            self._report(refused=[refused])
+        except SubmitUnknown as error:
+            done.doubtful.append(name)
+            self._report(detail=str(error))
+        else:
+            done.submitted.append((name, job_id))
+            self._report(submitted=[{"allocation": allocation, "job_id": job_id}])
+
+    def _cancel(self, order: dict[str, Any], jobs: Sequence[JobLine], done: Round) -> None:
+        ids = (
+            [order["job_id"]]
+            if order["job_id"]
+            else [e.job_id for e in jobs if e.name == order["name"]]
+        )
+        try:
+            for job_id in ids:
+                self.scheduler.cancel(job_id, name=order["name"])
+        except SlurmUnavailable as error:
+            self._report(detail=str(error))
+            return
+        done.cancelled.append(order["name"])
+        self._report(cancelled=[order["allocation"]])
+
+    def _submission(self, order: dict[str, Any]) -> Submission:
+        """What is submitted for an order, its order file written."""
+        name = order["name"]
+        folder = folder_of(self.site, name)
+        try:
+            check_folder(self.site.state_dir)
+            check_folder(folder)
+        except (LaunchError, OSError) as error:
+            raise SubmitRefused(str(error), kind="config") from error
+        submission = submission_for(
+            self.site,
+            gpu=order["gpu"],
+            gpus=order["gpus"],
+            walltime_min=order["walltime_min"],
+            name=name,
+            order=folder / "pilot.order",
+            folder=folder,
+            exclude=tuple(order["exclude"]),
+            begin_after_s=order["begin_after_s"],
+        )
+        write_order(submission.order, self._pilot_order(order))
+        return submission
+
+    def _pilot_order(self, order: dict[str, Any]) -> PilotOrder:
+        return PilotOrder(
+            name=order["name"],
+            relay_url=self.relay.url,
+            join_token=order["join_token"],
+            scratch=f"{self.site.scratch}/edif-hpc-{os.getuid()}/{order['name']}",
+            engine=self.site.engine,
+            container=self._container(order["gpu"]),
+        )
+
+    def _container(self, gpu: str | None) -> ContainerOrder | None:
+        image = self.site.container
+        if image is None:
+            return None
+        kinds = [gpu] if gpu is not None else list(self.site.gpus)
+        return ContainerOrder(
+            image=image.image,
+            sha256=image.sha256,
+            apptainer=image.apptainer,
+            vendor=self.site.gpus[kinds[0]].vendor,
+            binds=image.binds,
+            env=image.env,
+            copies=f"{self.site.scratch}/edif-hpc-{os.getuid()}/images",
+        )
+
+    def _report(self, *, jobs: Sequence[JobLine] | None = None, **more: Any) -> None:
+        lines = None if jobs is None else [asdict(each) for each in jobs]
+        body = {"site": self.site.name, "launcher": self.name, "jobs": lines} | more
+        self.relay.post("/api/launcher/report", body)
+
+
+def folder_of(site: Site, name: str) -> Path:
+    """The folder of an allocation: its order, what submitit writes, its log."""
+    return site.state_dir / name
+
+
+@contextmanager
+def only_one(site: Site) -> Iterator[None]:
+    """Keep a second launcher of this site away while the first one works, as far as the file system's locks reach.
+
+    Where they do not (another login node), nothing breaks: each order is a lease, held by one launcher at a time.
+    """
+    check_folder(site.state_dir)
+    with (site.state_dir / "launcher.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(
+                f"another launcher of {site.name} is at work ({file.name} is locked)"
+            ) from error
+        yield

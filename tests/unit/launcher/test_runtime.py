@@ -1,0 +1,231 @@
+"""A round of the launcher: what it tells the relay, what it does, and what it leaves alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edif_hpc.errors import (
+    LaunchError,
+    NotAuthenticated,
+    SlurmUnavailable,
+    SubmitRefused,
+    SubmitUnknown,
+    Unavailable,
+)
+from edif_hpc.launcher.daemon import serve
+from edif_hpc.launcher.runtime import Launcher, folder_of, only_one
+from edif_hpc.slurm.order import read_pilot_order
+from edif_hpc.slurm.site import Container, Gpu, Site
+from edif_hpc.slurm.status import JobLine
+from edif_hpc.slurm.submit import Submission
+
+NAME = "edif-gpt2-0-3-abcdef01"
+ORDER = {
+    "kind": "submit", "allocation": "abcdef0123456789", "name": NAME, "join_token": "secret", "deployment": "gpt2",
+    "slot": 0, "generation": 3, "gpu": "a6000", "gpus": 1, "walltime_min": 60, "exclude": ["bad1"], "begin_after_s": 5.0,
+    "isolation_floor": "full",
+}  # fmt: skip
+CANCEL = {
+    "kind": "cancel", "allocation": "abcdef0123456789", "name": NAME, "job_id": None, "reason": "drained",
+}  # fmt: skip
+
+
+@dataclass
+class FakeRelay:
+    orders: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    url: str = "https://relay.example.edu"
+    failing: list[Exception] = field(default_factory=list)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        if self.failing:
+            raise self.failing.pop(0)
+        if path.endswith("/orders"):
+            return {"orders": self.orders}
+        self.reports.append(body)
+        return {}
+
+
+@dataclass
+class FakeScheduler:
+    jobs: list[JobLine] | None = field(default_factory=list)
+    ended: list[tuple[str, str]] = field(default_factory=list)
+
+    def list_jobs(self) -> list[JobLine]:
+        if self.jobs is None:
+            raise SlurmUnavailable("squeue: Socket timed out")
+        return self.jobs
+
+    def cancel(self, job_id: str, *, name: str) -> None:
+        self.ended.append((job_id, name))
+
+
+@dataclass
+class FakeSubmitter:
+    outcome: Callable[[], str] = lambda: "17"
+    taken: list[Submission] = field(default_factory=list)
+
+    def submit(self, submission: Submission) -> str:
+        self.taken.append(submission)
+        return self.outcome()
+
+
+@dataclass
+class Bench:
+    launcher: Launcher
+    relay: FakeRelay
+    scheduler: FakeScheduler
+    submitter: FakeSubmitter
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    gpu = Gpu(
+        partition="a6000",
+        gres="gpu:a6000",
+        vendor="nvidia",
+        max_walltime_min=120,
+        cpus=4,
+        mem_gb=16,
+    )
+    image = Container(image="/images/worker.sif", sha256="0" * 64)
+    site = Site(
+        name="alpha",
+        scheduler="slurm",
+        state_dir=tmp_path / "state",
+        scratch="/scratch",
+        gpus={"a6000": gpu},
+        container=image,
+    )
+    relay, scheduler, submitter = FakeRelay(), FakeScheduler(), FakeSubmitter()
+    launcher = Launcher(
+        site=site, name="login1", relay=relay, scheduler=scheduler, submitter=submitter
+    )
+    return Bench(launcher, relay, scheduler, submitter)
+
+
+def raising(error: Exception) -> Callable[[], str]:
+    def outcome() -> str:
+        raise error
+
+    return outcome
+
+
+def test_an_order_becomes_a_job_and_the_relay_hears_its_id(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    bench.scheduler.jobs = [JobLine(name="edif-other-0-1-00000000", job_id="3", state="running")]
+    done = bench.launcher.round()
+    assert done.submitted == [(NAME, "17")]
+    (submission,) = bench.submitter.taken
+    assert (submission.name, submission.partition, submission.gres) == (
+        NAME,
+        "a6000",
+        "gpu:a6000:1",
+    )
+    assert (submission.exclude, submission.begin_after_s, submission.walltime_min) == (
+        ("bad1",),
+        5.0,
+        60,
+    )
+    listed, reported = bench.relay.reports
+    assert [each["job_id"] for each in listed["jobs"]] == ["3"]
+    assert reported["submitted"] == [{"allocation": ORDER["allocation"], "job_id": "17"}]
+    assert reported["jobs"] is None
+
+
+def test_the_order_of_the_pilot_is_for_its_owner_alone(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    bench.launcher.round()
+    file = folder_of(bench.launcher.site, NAME) / "pilot.order"
+    assert file.stat().st_mode & 0o777 == 0o600
+    order = read_pilot_order(file)
+    assert (order.join_token, order.relay_url) == ("secret", bench.relay.url)
+    assert order.container is not None
+    assert (order.container.image, order.container.vendor) == ("/images/worker.sif", "nvidia")
+
+
+def test_a_scheduler_that_does_not_answer_is_unknown_never_empty(bench: Bench) -> None:
+    bench.scheduler.jobs = None
+    done = bench.launcher.round()
+    assert bench.relay.reports[0]["jobs"] is None
+    assert "timed out" in bench.relay.reports[0]["detail"]
+    assert done.lines() == ["the scheduler could not be asked"]
+
+
+def test_a_refusal_is_told_with_its_kind(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    bench.submitter.outcome = raising(SubmitRefused("over quota", kind="quota"))
+    bench.launcher.round()
+    assert bench.relay.reports[-1]["refused"] == [
+        {"allocation": ORDER["allocation"], "kind": "quota", "detail": "over quota"}
+    ]
+
+
+def test_an_unknown_outcome_is_neither_submitted_nor_refused(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    bench.submitter.outcome = raising(SubmitUnknown("sbatch timed out"))
+    done = bench.launcher.round()
+    assert done.doubtful == [NAME]
+    assert not any("submitted" in each or "refused" in each for each in bench.relay.reports)
+
+
+def test_what_the_site_cannot_give_is_refused_before_anything_is_submitted(bench: Bench) -> None:
+    bench.relay.orders = [ORDER | {"gpu": "h200"}]
+    bench.launcher.round()
+    (refused,) = bench.relay.reports[-1]["refused"]
+    assert refused["kind"] == "config"
+    assert "h200" in refused["detail"]
+    assert bench.submitter.taken == []
+
+
+def test_a_folder_that_others_may_write_is_refused(bench: Bench) -> None:
+    bench.launcher.site.state_dir.mkdir()
+    bench.launcher.site.state_dir.chmod(0o777)
+    bench.relay.orders = [ORDER]
+    bench.launcher.round()
+    (refused,) = bench.relay.reports[-1]["refused"]
+    assert "others may write" in refused["detail"]
+
+
+def test_a_job_whose_id_nobody_reported_is_cancelled_by_its_name(bench: Bench) -> None:
+    bench.relay.orders = [CANCEL]
+    bench.scheduler.jobs = [JobLine(name=NAME, job_id="8", state="pending")]
+    done = bench.launcher.round()
+    assert bench.scheduler.ended == [("8", NAME)]
+    assert done.cancelled == [NAME]
+    assert bench.relay.reports[-1]["cancelled"] == [CANCEL["allocation"]]
+
+
+def test_of_two_launchers_on_one_file_system_one_works(bench: Bench) -> None:
+    with (
+        only_one(bench.launcher.site),
+        pytest.raises(LaunchError, match="another launcher"),
+        only_one(bench.launcher.site),
+    ):
+        pass
+
+
+def test_the_daemon_outlives_the_relay_and_says_a_thing_once(bench: Bench) -> None:
+    stop, told = threading.Event(), []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if text.startswith("submitted"):
+            stop.set()
+
+    bench.relay.failing = [Unavailable("the relay is away"), Unavailable("the relay is away")]
+    bench.relay.orders = [ORDER]
+    serve(bench.launcher, interval_s=0.01, tell=tell, stop=stop)
+    assert told == ["the relay is away", f"submitted {NAME} as job 17"]
+
+
+def test_the_daemon_ends_when_its_token_is_not_good_any_more(bench: Bench) -> None:
+    bench.relay.failing = [NotAuthenticated("revoked")]
+    with pytest.raises(NotAuthenticated):
+        serve(bench.launcher, interval_s=0.01, tell=lambda _: None, stop=threading.Event())
