@@ -9,7 +9,8 @@
     │   ├── Conflict            the name is taken, or the state forbids it           (409)
     │   └── TooLarge            more bytes than the limit                            (413)
     ├── Unavailable             we cannot do it now; nothing was changed             (503)
-    │   └── StoreUnavailable    a commit failed: disk full, read-only, corrupt
+    │   ├── StoreUnavailable    a commit failed: disk full, read-only, corrupt
+    │   └── SlurmUnavailable    Slurm did not answer, so nothing is known about any job
     ├── TransitionRefused       the table of states does not list it; nothing changed
     │   └── StaleAttempt        a write by an attempt that no longer holds the lease
     ├── ProtocolError           a peer's message is malformed, too large or out of turn
@@ -20,6 +21,8 @@
     │   └── IsolationTooWeak    the level reached is below the operator's floor
     ├── SettingsError           a setting is unknown, malformed or missing
     └── LaunchError             a pilot or worker could not be started
+        ├── SubmitRefused       the scheduler said no; nothing was submitted
+        └── SubmitUnknown       no answer that counts: it may have been submitted, or not
 
 A message says what was observed, the value, and the way out. Callers branch on the class or on `code`, never on
 the text.
@@ -27,7 +30,9 @@ the text.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+RefusalKind = Literal["retry", "config", "quota"]
 
 
 class EdifError(Exception):
@@ -35,6 +40,11 @@ class EdifError(Exception):
 
     code: ClassVar[str] = "error"
     http_status: ClassVar[int] = 500
+
+    @property
+    def told(self) -> str:
+        """What people who are not this machine's operator may read of it."""
+        return str(self)
 
 
 class InvalidInput(EdifError):
@@ -93,9 +103,24 @@ class Unavailable(EdifError):
 
 
 class StoreUnavailable(Unavailable):
-    """A commit failed, so nothing in its group happened."""
+    """A commit failed, so nothing in its group happened. `place` is a file of ours: the operator's business alone."""
 
     code = "store_unavailable"
+
+    def __init__(self, message: str, *, place: str = "") -> None:
+        super().__init__(f"{place}: {message}" if place else message)
+        self.message, self.place = message, place
+
+    @property
+    def told(self) -> str:
+        """The same without the place."""
+        return self.message
+
+
+class SlurmUnavailable(Unavailable):
+    """Slurm did not answer, or not with sense. What it would have said is unknown: no job is gone because of it."""
+
+    code = "slurm_unavailable"
 
 
 class TransitionRefused(EdifError):
@@ -157,3 +182,23 @@ class LaunchError(EdifError):
     """A pilot or a worker could not be started."""
 
     code = "launch"
+
+
+class SubmitRefused(LaunchError):
+    """The scheduler refused a submission, so nothing was submitted.
+
+    `kind` says what helps: `retry` (it cannot now), `quota` (a limit is reached; it may pass), `config` (it never will,
+    as it was asked for).
+    """
+
+    code = "submit_refused"
+
+    def __init__(self, detail: str, *, kind: RefusalKind) -> None:
+        super().__init__(detail)
+        self.kind: RefusalKind = kind
+
+
+class SubmitUnknown(LaunchError):
+    """A submission had no answer that counts. Whoever gets it looks for the name before another try."""
+
+    code = "submit_unknown"

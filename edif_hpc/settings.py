@@ -135,6 +135,10 @@ class RelaySettings(Settings):
     lease_s: float = 30.0
     #: pause between the heartbeats of workers
     heartbeat_s: float = 5.0
+    #: so long before the end of its walltime a worker is given nothing that would not have ended, and leaves
+    end_margin_s: float = 95.0
+    #: how many jobs may be submitted to one site in ten minutes
+    submits_per_10_min: int = 4
     #: the real Hub behind `/hub`, such as https://huggingface.co; None answers only for what is here
     hub_upstream: str | None = None
     #: names that may be asked of the real Hub, besides deployed ones: patterns with `*`, apart by commas or spaces
@@ -157,6 +161,10 @@ class RelaySettings(Settings):
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(
                 f"relay: log_level is {self.log_level!r}; use one of: {', '.join(LOG_LEVELS)}"
+            )
+        if self.submits_per_10_min < 1:
+            raise SettingsError(
+                f"relay: submits_per_10_min is {self.submits_per_10_min}; it must be at least 1"
             )
         if self.default_wall_s > self.max_wall_s:
             raise SettingsError(

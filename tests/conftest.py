@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,13 @@ import hypothesis
 import pytest
 
 from edif_hpc.testing.absent import absent
+from edif_hpc.testing.adapters import build_tiny_lora
 from edif_hpc.testing.hub import serve_hub
 from edif_hpc.testing.models import build_tiny_gpt2, build_tiny_llama
 
 if TYPE_CHECKING:
     from edif_hpc.testing.ceph import S3Server
+    from edif_hpc.testing.slurm import SlurmCluster
 
 TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "model", "integration", "acceptance")
@@ -65,6 +68,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_lora(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Path:
+    """The folder of an adapter for the tiny GPT-2; read only."""
+    return build_tiny_lora(tmp_path_factory.mktemp("adapters") / "tiny-lora", tiny_gpt2)
+
+
+@pytest.fixture(scope="session")
 def loopback_hub(tiny_gpt2: Path, tiny_llama: Path) -> Iterator[str]:
     """The URL of a hub with `edif/tiny-gpt2`, `edif/tiny-llama` and the old name `tiny-gpt2`."""
     repos = {"edif/tiny-gpt2": tiny_gpt2, "edif/tiny-llama": tiny_llama}
@@ -88,6 +97,21 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def s3_bucket(s3_server: S3Server) -> str:
     """A bucket; each test takes a prefix of its own."""
     return s3_server.make_bucket("results")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A real Slurm, shared by all tests that need one; its jobs run as an ordinary user."""
+    from edif_hpc.testing.slurm import SlurmMissing, serve_slurm
+
+    # pytest's own folders are closed to that user.
+    with tempfile.TemporaryDirectory(prefix="edif-slurm-") as folder:
+        Path(folder).chmod(0o755)
+        try:
+            with serve_slurm(Path(folder) / "root") as cluster:
+                yield cluster
+        except SlurmMissing as missing:
+            absent(str(missing))
 
 
 @pytest.fixture(scope="session")

@@ -159,9 +159,20 @@ def _relay(ctx: Context) -> Iterator[Finding]:
         return
     took = SystemClock().wall() - before
     yield ok("relay", f"{api.url} answers in {took * 1000:.0f} ms")
+    yield _same_version(response.headers.get("edif-version"))
     yield _clock(response.headers.get("date"), before + took / 2)
     yield _token(api)
     yield from _deployments(api)
+
+
+def _same_version(told: str | None) -> Finding:
+    what, own = "relay's version", _version(PACKAGE) or "unknown"
+    if told is None:
+        way_out = "it is older than this edif-hpc, or something between strips the header"
+        return warn(what, f"not told; this is {own}", way_out)
+    if told != own:
+        return warn(what, f"{told}, and this is {own}", f"pip install {PACKAGE}=={told}")
+    return ok(what, f"{told}, as this one")
 
 
 def _clock(date: str | None, now: float) -> Finding:

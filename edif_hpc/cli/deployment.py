@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from edif_hpc.cli.context import Context, pass_context
-from edif_hpc.cli.show import json_option, listing, print_json
+from edif_hpc.cli.show import facts, json_option, listing, print_json
+from edif_hpc.domain.adapter import Adapter
+from edif_hpc.errors import NotFound
 
 COLUMNS = (
     "name",
@@ -18,6 +21,7 @@ COLUMNS = (
     "replicas",
     "executors",
     "isolation_floor",
+    "adapters",
 )
 
 
@@ -39,6 +43,13 @@ def deployment() -> None:
 @click.option("--source", metavar="PATH", help="Load from this folder of the worker's machine.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run the model's own code.")
 @click.option("--isolation-floor", type=click.Choice(["full", "no-namespaces", "process"]))
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ORG/NAME[@REVISION]",
+    help="Serve this PEFT adapter with it; may be given several times.",
+)
 @json_option
 @pass_context
 def add(ctx: Context, /, *, model: str, as_json: bool, **options: Any) -> None:
@@ -66,7 +77,28 @@ def ls(ctx: Context, /, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        listing(found, COLUMNS, none="no deployments; add one: edif-hpc deployment add ORG/MODEL")
+        listing(
+            [each | {"adapters": _adapters(each)} for each in found],
+            COLUMNS,
+            none="no deployments; add one: edif-hpc deployment add ORG/MODEL",
+        )
+
+
+@deployment.command()
+@click.argument("name")
+@json_option
+@pass_context
+def show(ctx: Context, /, *, name: str, as_json: bool) -> None:
+    """Show one deployment."""
+    known = {each["name"]: each for each in ctx.api().get("/api/deployments")["deployments"]}
+    if name not in known:
+        raise NotFound(
+            f"there is no deployment {name!r}; deployed: {', '.join(known) or 'nothing yet'}"
+        )
+    if as_json:
+        print_json(known[name])
+    else:
+        facts(known[name] | {"adapters": _adapters(known[name])})
 
 
 @deployment.command()
@@ -81,3 +113,8 @@ def rm(ctx: Context, /, *, name: str, force: bool) -> None:
     click.echo(
         f"removed {name}; its workers leave" + (f"; {ended} request(s) ended" if ended else "")
     )
+
+
+def _adapters(shown: Mapping[str, Any]) -> str | None:
+    """As `--adapter` takes them."""
+    return ", ".join(str(Adapter(**each)) for each in shown["adapters"]) or None

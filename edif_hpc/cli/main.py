@@ -37,6 +37,11 @@ ENTRIES = {
         place="edif_hpc.cli.fleet:ps",
         summary="List the allocations, their workers and what they do.",
     ),
+    "site": Entry(place="edif_hpc.cli.site:site", summary="The facts of a cluster."),
+    "launcher": Entry(
+        place="edif_hpc.cli.launcher:launcher",
+        summary="Carry out the relay's orders at a site's scheduler.",
+    ),
     "request": Entry(place="edif_hpc.cli.request:request", summary="Look after requests."),
     "token": Entry(place="edif_hpc.cli.token:token", summary="Who may use the relay."),
     "status": Entry(place="edif_hpc.cli.status:status", summary="The relay at a glance."),

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.deployment import check_name
 from edif_hpc.errors import InvalidInput
 
@@ -23,7 +24,9 @@ _HUB = re.compile(rf"{_PART}/{_PART}")
 
 def deployment_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The body that asks for a deployment of `model`."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "adapters" in given:
+        given["adapters"] = [_adapter(text) for text in given["adapters"]]
     if given.get("name"):
         try:
             check_name(given["name"])
@@ -55,6 +58,15 @@ def _hub_name(text: str) -> str:
             f"{text!r} is neither ORG/NAME as the Hub spells it (gpt2 is openai-community/gpt2) nor a folder here"
         )
     return text
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """The body that lists an adapter."""
+    try:
+        adapter = Adapter.parse(text)
+    except InvalidInput as error:
+        raise click.BadParameter(str(error)) from error
+    return {"repo_id": _hub_name(adapter.repo_id), "revision": adapter.revision}
 
 
 def _folder(text: str) -> Path:

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from edif_hpc.cli.context import Context, pass_context
-from edif_hpc.cli.show import facts, json_option, listing, moment, print_json
+from edif_hpc.cli.show import duration, facts, json_option, listing, moment, print_json
+from edif_hpc.clock import SystemClock
 
 COLUMNS = ("id", "state", "deployment", "owner", "attempt", "accepted", "ended", "failure")
-ATTEMPTS = ("attempt", "holder", "granted", "started", "ended", "end")
+ATTEMPTS = ("attempt", "node", "granted", "started", "ended", "how")
 
 
 @click.group()
@@ -64,13 +65,22 @@ def explain(ctx: Context, /, *, request_id: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    facts(
-        {
-            "state": found["state"],
-            "why": found["why"],
-            "place in the queue": found["position"] or None,
+    now = SystemClock().wall()
+    waits = found["position"] > 0
+    seen = {
+        "state": found["state"],
+        "why": found["why"],
+        "accepted": _since(found["accepted_at"], now),
+        "ended": moment(found["ended_at"]),
+    }
+    if waits:
+        seen |= {
+            "place in the queue": found["position"],
+            "ahead": "{requests} requests of {people} people".format_map(found["ahead"]),
+            "expected start": _expected(found["start_in_s"]),
+            "given up": moment(found["expires_at"]),
         }
-    )
+    facts({name: value for name, value in seen.items() if value is not None})
     listing(map(_times, found["attempts"]), ATTEMPTS, none="no attempt has been made")
 
 
@@ -115,6 +125,14 @@ def _path(request_id: str) -> str:
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     failure = (found["failure"] or {}).get("kind")
     return _times(found) | {"failure": failure}
+
+
+def _since(at: float, now: float) -> str:
+    return f"{moment(at)} ({duration(max(0.0, now - at))} ago)"
+
+
+def _expected(start_in_s: float | None) -> str:
+    return "unknown" if start_in_s is None else f"in about {duration(start_in_s)}"
 
 
 def _times(found: dict[str, Any]) -> dict[str, Any]:

@@ -20,22 +20,32 @@ def token() -> None:
 
 @token.command()
 @click.argument("name")
-@click.option("--operator", is_flag=True, help="May manage everything; else a researcher's.")
+@click.option("--operator", is_flag=True, help="The same as --role operator.")
+@click.option(
+    "--role",
+    type=click.Choice(["researcher", "operator", "launcher"]),
+    default="researcher",
+    show_default=True,
+    help="A launcher's may only fetch orders and report on a site's jobs.",
+)
 @click.option("--expires", "expires_in_s", type=Duration(), help="For how long, as 90d.")
 @click.option("--max-wall", "max_wall_s", type=Duration(), help="Longest run of a request.")
 @click.option("--queue", "queue_s", type=Duration(), help="How long requests may wait.")
 @click.option("--keep", is_flag=True, help="Queued requests outlive their client.")
 @json_option
 @pass_context
-def create(ctx: Context, /, *, operator: bool, as_json: bool, **options: Any) -> None:
+def create(ctx: Context, /, *, operator: bool, role: str, as_json: bool, **options: Any) -> None:
     """Make a token for NAME; it is shown once."""
-    role = "operator" if operator else "researcher"
+    role = "operator" if operator else role
     api = ctx.api()
     made = api.post("/api/tokens", {"role": role, **options})
     if as_json:
         print_json(made)
     else:
-        click.echo(f"export NDIF_HOST={api.url} NDIF_API_KEY={made['token']}")
+        names = (
+            ("EDIF_RELAY", "EDIF_TOKEN") if role == "launcher" else ("NDIF_HOST", "NDIF_API_KEY")
+        )
+        click.echo(f"export {names[0]}={api.url} {names[1]}={made['token']}")
         click.echo(
             f"(a {role}'s token for {made['name']}, id {made['id']}; it is not shown again)",
             err=True,

@@ -3,8 +3,12 @@
 A slot is one wanted replica, `<deployment>/<index>`; its generations are numbered from 1. What an allocation did is
 kept as events, so that accounting adds up later. `TRANSITIONS` is the machine; ENDED is its one end, with a cause.
 
-    SUBMITTED ──► STARTED ──► LOADING ──► WARM ──► DRAINING ──► ENDED
-        └────────────┴───────────┴─────────┴──────────────────► ENDED
+    ORDERED ──► SUBMITTED ──► STARTED ──► LOADING ──► WARM ──► DRAINING ──► ENDED
+       └────────────┴────────────┴───────────┴─────────┴──────────────────► ENDED
+
+ORDERED is the intent, written before anybody submits: whoever is to submit it (a launcher, or the pilot of the generation
+before) takes it under a lease, `order_holder` until `order_until`. A job that starts before its submission was reported goes
+from ORDERED straight to STARTED.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from edif_hpc.errors import TransitionRefused
 class AllocationState(StrEnum):
     """Where an allocation is in its life."""
 
+    ORDERED = "ordered"  #: wanted; nobody is known to have submitted it
     SUBMITTED = "submitted"  #: handed to the scheduler
     STARTED = "started"  #: its pilot has said hello
     LOADING = "loading"  #: its worker loads the model
@@ -31,6 +36,7 @@ class AllocationState(StrEnum):
 _A = AllocationState
 
 TRANSITIONS: Mapping[AllocationState, frozenset[AllocationState]] = {
+    _A.ORDERED: frozenset({_A.SUBMITTED, _A.STARTED, _A.ENDED}),
     _A.SUBMITTED: frozenset({_A.STARTED, _A.ENDED}),
     _A.STARTED: frozenset({_A.LOADING, _A.DRAINING, _A.ENDED}),
     # A worker that died is started again in the same allocation, so WARM may go back to LOADING.
@@ -39,6 +45,11 @@ TRANSITIONS: Mapping[AllocationState, frozenset[AllocationState]] = {
     _A.DRAINING: frozenset({_A.ENDED}),
     _A.ENDED: frozenset(),
 }
+
+PENDING = frozenset({_A.ORDERED, _A.SUBMITTED})  #: its job has not begun, as far as is known
+RUNNING = frozenset(
+    {_A.STARTED, _A.LOADING, _A.WARM}
+)  #: its job runs, and nobody told it to leave
 
 
 def check_transition(allocation: str, old: AllocationState, new: AllocationState) -> None:
@@ -67,13 +78,25 @@ class Allocation:
     generation: int
     site: str
     state: AllocationState
-    submitted_at: float
+    submitted_at: float  #: when it was ordered; its events tell when the scheduler took it
+    walltime_min: int | None = None  #: what its job asks for; None has no end
+    begin_after_s: float = 0.0  #: its job shall not begin sooner after the order
+    order_holder: str | None = (
+        None  #: who has taken the order: a launcher, or a pilot's allocation
+    )
+    order_until: float | None = None  #: end of that one's lease of the order, wall clock
     job_id: str | None = None  #: the scheduler's id, once known
     node: str | None = None
+    started_at: float | None = None  #: when its pilot joined
     warm_at: float | None = None
     ended_at: float | None = None
     cause: str | None = None  #: why it ended
     detail: str = ""  #: what it does now, or its last words
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The slot that it fills."""
+        return self.deployment, self.slot
 
     @property
     def name(self) -> str:

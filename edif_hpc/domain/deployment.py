@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import InvalidInput, NotFound
 
 ALLOWED_CLASSES = frozenset({"nnsight.modeling.transformers.TransformersModel"})
+#: Attention that is part of torch and transformers and needs no compiler, which an executor has not. For a name that
+#: transformers does not know, it would fetch code from a hub.
 ALLOWED_ATTENTION = frozenset({"eager", "sdpa"})
 DEFAULT_TASK = "text-generation"
 
@@ -73,19 +76,21 @@ def parse_model_key(text: str) -> ModelKey:
     )
 
 
-def check_env(env: Mapping[str, Any]) -> None:
-    """Raise `InvalidInput` unless the envelope's env is within the allow-list."""
+def check_env(env: Mapping[str, Any], adapters: Sequence[Adapter] = ()) -> None:
+    """Raise `InvalidInput` unless the envelope's env is within the allow-lists; `adapters` are those served."""
     unknown = sorted(set(env) - {"attn_implementation", "peft"})
     if unknown:
-        raise InvalidInput(f"env has {unknown}; this relay accepts attn_implementation")
+        raise InvalidInput(f"env has {unknown}; this relay accepts attn_implementation and peft")
     attention = env.get("attn_implementation")
     if attention is not None and attention not in ALLOWED_ATTENTION:
         raise InvalidInput(
             f"attn_implementation {attention!r} is not allowed; use one of: {', '.join(sorted(ALLOWED_ATTENTION))}"
         )
-    if env.get("peft") is not None:
+    adapter, served = env.get("peft"), [each.repo_id for each in adapters]
+    if adapter is not None and adapter not in served:
         raise InvalidInput(
-            f"the PEFT adapter {env['peft']!r} is not on this relay's allow-list (which is empty)"
+            f"the PEFT adapter {adapter!r} is not served with this model; served: {', '.join(served) or 'none'}. "
+            "An operator lists adapters when the model is deployed"
         )
 
 
@@ -104,6 +109,12 @@ class Deployment:
     device: str = "cpu"
     executors: int = 1  #: requests that one worker runs at a time
     isolation_floor: str = "process"  #: level below which a worker refuses to serve
+    adapters: tuple[Adapter, ...] = ()  #: those that a request may have attached
+    site: str | None = None  #: where the relay keeps its slots filled
+    gpu: str | None = None  #: a kind of GPU in the profile of its site
+    gpus: int = 1  #: of one worker
+    walltime_min: int | None = None  #: of one generation; None runs without an end
+    up_at: float | None = None  #: when an operator last wanted it up, wall clock; None while not
     created_at: float = 0.0
 
     @property

@@ -2,12 +2,15 @@
 
 Quantiles over the newest runs of a deployment, with a conservative prior while there are few. What has run longer than
 its estimate is expected to run as long again: heavy tails make the past the best guess of the rest.
+
+Decisions need a figure always, so they have the prior (`p90_s`, `typical_s`). People are told only what was seen: `mean_s`
+is None until a first run has ended, and then nobody is told when something starts.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import quantiles
 
 PRIOR_S = 60.0
@@ -42,6 +45,11 @@ class RunTimes:
         """The mean run."""
         return self._mean
 
+    @property
+    def mean_s(self) -> float | None:
+        """The mean of the runs that were seen; None if there was none."""
+        return sum(self._runs) / len(self._runs) if self._runs else None
+
     def _figures(self) -> tuple[float, float]:
         if len(self._runs) < _ENOUGH:
             return PRIOR_S, PRIOR_S
@@ -50,3 +58,23 @@ class RunTimes:
     def remaining_s(self, ran_s: float) -> float:
         """Expected rest of a run that has lasted `ran_s`."""
         return self.p90_s - ran_s if ran_s < self.p90_s else ran_s
+
+
+def rest_s(mean_s: float, ran_s: float) -> float:
+    """What a person is told of the rest of a run: up to the mean, then as long again."""
+    return mean_s - ran_s if ran_s < mean_s else ran_s
+
+
+def start_in_s(free_in_s: Sequence[float], ahead: int, mean_s: float | None) -> float | None:
+    """When the request behind `ahead` others starts; None if that cannot be known.
+
+    `free_in_s` says for each executor when it is free. The requests ahead take them in turn, and then keep them for the
+    mean of a run: exact when runs are alike, and a fair guess else.
+    """
+    if not free_in_s:
+        return None
+    free = sorted(free_in_s)
+    turns, seat = divmod(ahead, len(free))
+    if turns == 0:
+        return free[seat]
+    return None if mean_s is None else free[seat] + turns * mean_s

@@ -105,6 +105,11 @@ class LeaseClock:
         """Forget a lease that ended."""
         self._deadlines.pop(request_id, None)
 
+    def left_s(self, request_id: str, now: float) -> float | None:
+        """How long a lease still stands; None if there is none."""
+        deadline = self._deadlines.get(request_id)
+        return None if deadline is None else max(0.0, deadline - now)
+
     def sweep(self, now: float, *, period_s: float) -> list[str]:
         """Ids whose lease expired. The caller drains its socket first.
 

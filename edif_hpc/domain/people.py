@@ -21,6 +21,7 @@ class Role(StrEnum):
 
     RESEARCHER = "researcher"  #: sends requests and sees their own
     OPERATOR = "operator"  #: manages deployments, tokens and everybody's requests
+    LAUNCHER = "launcher"  #: fetches orders of a site and reports on its jobs; nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ def check_token(token: Token | None, secret: str, now: float) -> Token:
     return token
 
 
-def require(token: Token, role: Role) -> None:
-    """Raise `NotPermitted` unless the token has the role."""
-    if token.role is not role:
-        raise NotPermitted(f"the API key {token.id} is a {token.role}'s; this needs an {role}'s")
+def require(token: Token, *roles: Role) -> None:
+    """Raise `NotPermitted` unless the token has one of the roles."""
+    if token.role not in roles:
+        needed = " or ".join(f"{'an' if role[0] in 'aeiou' else 'a'} {role}'s" for role in roles)
+        raise NotPermitted(f"the API key {token.id} is a {token.role}'s; this needs {needed}")

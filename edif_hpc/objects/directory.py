@@ -238,4 +238,7 @@ def disk_error(root: Path, error: OSError) -> StoreUnavailable:
         if error.errno in (errno.ENOSPC, errno.EDQUOT)
         else "check the folder's permissions and its disk"
     )
-    return StoreUnavailable(f"cannot write below {root}: {error.strerror}; {hint}, then try again")
+    return StoreUnavailable(
+        f"the relay cannot write to its disk: {error.strerror}; its operator has to {hint}",
+        place=str(root),
+    )

@@ -1,4 +1,4 @@
-"""A model's folder as a repository: which of its files count, and the commit that names their contents.
+"""A model's folder, or an adapter's, as a repository: which files count, and the commit that names their contents.
 
 Relay, worker and command line see the same model on different machines, and must call it by the same name: a result's
 `meta.commit` is worth something only if the hub shows that commit too. So a commit is a hash over the names, sizes and
@@ -31,6 +31,9 @@ from msgspec import Struct
 from edif_hpc.errors import InvalidInput
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+_NOTHING = f"no model of transformers (nor an adapter, which has {ADAPTER_CONFIG_FILE})"
 _TEMPLATES = "additional_chat_templates"
 _PAGE_BYTES = 4096
 _MAX_HEADER_BYTES = 100 << 20
@@ -49,13 +52,14 @@ class Kind(StrEnum):
 
 _PATTERNS: Mapping[Kind, tuple[str, ...]] = {
     Kind.CONFIG: (
-        CONFIG_FILE, "generation_config.json", "*tokenizer*.json", "special_tokens_map.json",
+        CONFIG_FILE, ADAPTER_CONFIG_FILE, "generation_config.json", "*tokenizer*.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "normalizer.json", "tekken.json",
         "*.model", "*.spm", "*.tiktoken", "*processor_config.json", "chat_template.json",
         "chat_template.jinja", f"{_TEMPLATES}/*.jinja",
     ),
     Kind.WEIGHTS: (
         "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+        ADAPTER_WEIGHTS_FILE,
     ),
     Kind.CODE: ("*.py",),
 }  # fmt: skip
@@ -96,10 +100,8 @@ class Manifest:
                 raise InvalidInput(
                     f"the file {name} has size {file.size_bytes} and digest {file.digest[:80]!r}"
                 )
-        if CONFIG_FILE not in self.files:
-            raise InvalidInput(
-                f"there is no {CONFIG_FILE} among the files, so it is no model of transformers"
-            )
+        if not _names_a_model(self.files):
+            raise InvalidInput(f"there is no {CONFIG_FILE} among the files, so it is {_NOTHING}")
 
 
 def kind_of(name: str) -> Kind | None:
@@ -130,7 +132,7 @@ def check_repo_id(text: str) -> str:
 def find_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that count, by name. Where there are safetensors, other weights do not."""
     found = {name: folder / name for name in _candidates(folder) if kind_of(name) is not None}
-    if any(map(_is_safetensors, found)):
+    if any(_is_safetensors(name) and name != ADAPTER_WEIGHTS_FILE for name in found):
         found = {
             name: path for name, path in found.items() if not name.startswith("pytorch_model")
         }
@@ -152,8 +154,8 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise InvalidInput(f"cannot read the model in {folder}: {error}") from error
     manifest = Manifest(files=files, parameters=dict(parameters))
-    if CONFIG_FILE not in files:
-        raise InvalidInput(f"{folder} holds no {CONFIG_FILE}, so it is no model of transformers")
+    if not _names_a_model(files):
+        raise InvalidInput(f"{folder} holds no {CONFIG_FILE}, so it is {_NOTHING}")
     return manifest
 
 
@@ -170,6 +172,11 @@ def digest_of(path: Path, *, safetensors: bool) -> str:
                 stream.seek(start + offset)
                 digest.update(stream.read(min(_PAGE_BYTES, end - offset)))
         return digest.hexdigest()
+
+
+def _names_a_model(files: Mapping[str, File]) -> bool:
+    """Whether there is the file by which a model, or an adapter, is known."""
+    return CONFIG_FILE in files or ADAPTER_CONFIG_FILE in files
 
 
 class _Tensor(Struct, frozen=True):

@@ -6,6 +6,8 @@ is what our own clients branch on.
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,7 +16,10 @@ from starlette.responses import Response
 
 from edif_hpc.errors import EdifError, InvalidInput, TooLarge
 
+_log = logging.getLogger(__name__)
+
 MAX_JSON_BYTES = 1 << 20
+VERSION_HEADER = "edif-version"
 
 _T = TypeVar("_T")
 
@@ -30,8 +35,10 @@ class Json(Response):
 
 
 def refusal(error: EdifError) -> Json:
-    """The answer to a deliberate error."""
-    return Json({"detail": str(error), "code": error.code}, status_code=error.http_status)
+    """The answer to a deliberate error. What only the operator may read of it goes to the log."""
+    if error.told != str(error):
+        _log.error("refused: %s", error, extra={"event": "refused", "code": error.code})
+    return Json({"detail": error.told, "code": error.code}, status_code=error.http_status)
 
 
 async def read_json(request: Request, kind: type[_T]) -> _T:
@@ -53,3 +60,11 @@ def base_url(connection: HTTPConnection, public_url: str | None) -> str:
         return public_url
     scheme = {"ws": "http", "wss": "https"}.get(connection.url.scheme, connection.url.scheme)
     return f"{scheme}://{connection.url.netloc}"
+
+
+def own_version() -> str:
+    """The version of this relay; "unknown" where it runs from sources that are not installed."""
+    try:
+        return importlib.metadata.version("edif-hpc")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -29,6 +29,7 @@ from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.broker import Broker
 from edif_hpc.relay.core import Core
 from edif_hpc.relay.fleet import Fleet
+from edif_hpc.relay.launcher_api import LauncherApi
 from edif_hpc.relay.object_store import open_objects
 from edif_hpc.relay.sessions import Sessions
 from edif_hpc.settings import RelaySettings
@@ -161,6 +162,7 @@ class Relay:
                 blobs=blobs,
                 objects=objects,
                 signer=signer,
+                launching=LauncherApi(orders=core.orders, slots=core.slots, accounts=accounts),
             )
             self.server = http.serve(http.build_app(deps, extra_routes=self._routes), settings)
             self.router = Router(
@@ -188,6 +190,7 @@ class Relay:
         tasks = {
             asyncio.create_task(self.server.run_until_stopped(), name="http"),
             asyncio.create_task(core.scheduler.run(), name="scheduler"),
+            asyncio.create_task(core.slots.run(), name="slots"),
             asyncio.create_task(self._stopping.wait(), name="stop"),
         }
         watched: set[asyncio.Future[object]] = {*tasks, writer.died}  # type: ignore[arg-type]

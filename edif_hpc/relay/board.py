@@ -2,26 +2,38 @@
 
 Memory only. The rows are the truth; the board is their image plus what has no row: the session that listens, the upload
 under way, and whether a commit that changes the request is in flight (`busy`).
+
+Who listens is never left in silence: each change of a request is told at once, and what lasts is told again every `TELL_S`
+by the scheduler's beat, with how far it is. Requests to which nobody listens cost the beat nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from edif_hpc.clock import Clock
 from edif_hpc.domain.dispatch import FairQueue, Waiting
-from edif_hpc.domain.lease import LeaseEnd
-from edif_hpc.domain.request import Request, RequestState
+from edif_hpc.domain.request import LEASED, Provision, Request, RequestState, shown_state
 from edif_hpc.objects.base import ObjectStore, Upload
 from edif_hpc.objects.directory import INLINE_BLOB_BYTES, BlobFolder
+from edif_hpc.relay import lines
 from edif_hpc.relay.fleet import Fleet
-from edif_hpc.relay.sessions import Session, Update
+from edif_hpc.relay.lines import Ahead
+from edif_hpc.relay.outlook import Outlook
+from edif_hpc.relay.sessions import LOG, Session, Update
 from edif_hpc.relay.telling import Telling
 
 _log = logging.getLogger(__name__)
+
+#: What lasts is told again after so long; with the beat and some lateness, that is less than 5 s.
+TELL_S = 3.0
+#: A change of the fleet or the queue is told to those who wait, but not more often than this.
+NEWS_S = 1.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,23 +50,43 @@ class Open:
     begun: int = (
         0  #: the newest attempt that an executor was given; its row may say so a moment later
     )
+    again: str = ""  #: how the attempt before ended, in words
+    cut_s: float = 0.0  #: the longest that it had run when a worker was lost under it
+    told_at: float = -math.inf  #: when its client was told last, monotonic
 
-    def show(self, update: Update) -> None:
-        """Tell the client, if one listens."""
+    @property
+    def runs(self) -> bool:
+        """Whether an executor has it."""
+        request = self.request
+        return request.state in LEASED and (
+            request.state is RequestState.RUNNING or self.begun == request.attempt
+        )
+
+    def log(self, text: str) -> None:
+        """Pass on what it printed, if a client listens."""
         if self.session is not None:
-            self.session.push(update)
+            self.session.push(Update(request_id=self.request.id, status=LOG, description=text))
 
 
 class Board:
     """All open requests."""
 
     def __init__(
-        self, *, fleet: Fleet, telling: Telling, objects: ObjectStore, blobs: BlobFolder
+        self,
+        *,
+        fleet: Fleet,
+        outlook: Outlook,
+        telling: Telling,
+        objects: ObjectStore,
+        blobs: BlobFolder,
+        clock: Clock,
     ) -> None:
         self.open: dict[str, Open] = {}
         self.queues: dict[str, FairQueue] = {}
-        self._fleet, self._telling = fleet, telling
-        self._objects, self._blobs = objects, blobs
+        self._listening: dict[str, Open] = {}
+        self._news: set[str] = set()  # deployments that changed since the last beat
+        self._fleet, self._outlook, self._telling = fleet, outlook, telling
+        self._objects, self._blobs, self._clock = objects, blobs, clock
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, request: Request, session: Session | None = None) -> Open:
@@ -62,6 +94,7 @@ class Board:
         entry = self.open[request.id] = Open(request=request, session=session)
         if session is not None:
             session.requests.add(request.id)
+            self._listening[request.id] = entry
         if request.state is RequestState.QUEUED:
             self.enqueue(request)
         return entry
@@ -69,7 +102,15 @@ class Board:
     def enqueue(self, request: Request) -> None:
         """It waits; one that waited before returns to the head of its user's line."""
         queue = self.queues.setdefault(request.deployment, FairQueue())
-        queue.push(Waiting(id=request.id, seq=request.seq, owner=request.owner))
+        entry = self.open.get(request.id)
+        waiting = Waiting(
+            id=request.id,
+            seq=request.seq,
+            owner=request.owner,
+            wall_s=request.limits.wall_s,
+            cut_s=entry.cut_s if entry is not None else 0.0,
+        )
+        queue.push(waiting)
 
     def held(self, key: str, request_id: str, attempt: int) -> Open | None:
         """The entry, if this peer holds this attempt of it."""
@@ -86,42 +127,98 @@ class Board:
             if each.request.holder == key and each.request.state is not RequestState.QUEUED
         ]
 
-    def position(self, request: Request) -> int:
-        """Place in the queue, from 1; 0 for one that does not wait."""
+    # -- what is told --------------------------------------------------------------------------------------------------
+
+    def ahead(self, request: Request) -> Ahead:
+        """What a queued request waits behind."""
         queue = self.queues.get(request.deployment)
         if queue is None or request.id not in queue:
-            return 0
-        return next(
-            place for place, each in enumerate(queue.order(), start=1) if each.id == request.id
-        )
+            return Ahead()  # it does not wait, or is being granted
+        line = self._line(request.deployment)
+        return next(ahead for waiting, ahead in line if waiting.id == request.id)
 
-    def waiting_update(
-        self, request: Request, *, position: int | None = None, why: LeaseEnd | None = None
-    ) -> Update:
+    def update(self, request: Request) -> Update:
         """What to say of a request that has not ended."""
-        place = self.position(request) if position is None else position
-        return self._telling.waiting(
-            request, place, self._fleet.provision(request.deployment), why=why
-        )
+        entry = self.open.get(request.id) or Open(request=request)
+        return self._update(entry, None)
 
-    def show_waiting(self, entry: Open, *, why: LeaseEnd | None = None) -> None:
-        """Tell a listening client what its queued request waits for."""
-        if entry.session is not None and entry.request.state is RequestState.QUEUED:
-            entry.show(self.waiting_update(entry.request, why=why))
+    def show(self, entry: Open) -> None:
+        """Tell a listening client what its request does now."""
+        self._show(entry, None)
 
-    def show_positions(self) -> None:
-        """Tell every listening client where its queued request stands."""
-        for queue in self.queues.values():
-            for position, waiting in enumerate(queue.order(), start=1):
-                entry = self.open[waiting.id]
-                if entry.session is not None and entry.request.state is RequestState.QUEUED:
-                    entry.show(self.waiting_update(entry.request, position=position))
+    def news(self, deployment: str) -> None:
+        """Those who wait for a deployment are told anew by the next beat."""
+        self._news.add(deployment)
+
+    def tell(self) -> None:
+        """Tell every listening client whose request was not spoken of for `TELL_S`, or of which there is news."""
+        now = self._clock.monotonic()
+        queued: dict[str, dict[str, Open]] = {}
+        for key, entry in list(self._listening.items()):
+            if entry.session is None:
+                del self._listening[key]
+            elif not self._due(entry, now):
+                continue
+            elif entry.request.state is RequestState.QUEUED:
+                queued.setdefault(entry.request.deployment, {})[key] = entry
+            else:
+                self._show(entry, None)
+        self._news.clear()
+        for deployment, due in queued.items():
+            self._tell_line(deployment, due)
+
+    def _due(self, entry: Open, now: float) -> bool:
+        waits_for_news = entry.request.state is RequestState.QUEUED
+        news = waits_for_news and entry.request.deployment in self._news
+        return now - entry.told_at >= (NEWS_S if news else TELL_S)
+
+    def _tell_line(self, deployment: str, due: dict[str, Open]) -> None:
+        """One walk along a queue, as far as somebody listens."""
+        for waiting, ahead in self._line(deployment):
+            entry = due.pop(waiting.id, None)
+            if entry is not None:
+                self._show(entry, ahead)
+            if not due:
+                return
+        for entry in due.values():  # their grants are being committed
+            self._show(entry, Ahead())
+
+    def _line(self, deployment: str) -> Iterator[tuple[Waiting, Ahead]]:
+        queue = self.queues.get(deployment)
+        order = queue.order() if queue is not None else []
+        return self._outlook.ahead(deployment, order, self._owner)
+
+    def _owner(self, request_id: str) -> str:
+        entry = self.open.get(request_id)
+        return entry.request.owner if entry is not None else ""
+
+    def _show(self, entry: Open, ahead: Ahead | None) -> None:
+        if entry.session is not None:
+            entry.session.push(self._update(entry, ahead))
+            entry.told_at = self._clock.monotonic()
+
+    def _update(self, entry: Open, ahead: Ahead | None) -> Update:
+        request = entry.request
+        if request.state in LEASED:
+            held = self._outlook.held(request, begun=entry.runs, again=entry.again)
+            state = RequestState.RUNNING if entry.runs else RequestState.DISPATCHED
+            return self._telling.open(request, state, lines.held(held))
+        ahead = self.ahead(request) if ahead is None else ahead
+        provision, why = self._fleet.provision(request.deployment)
+        if provision is Provision.WARM:
+            line = lines.queued(ahead, entry.again)
+        else:
+            line = lines.provisioning(why, ahead, entry.again)
+        return self._telling.open(request, shown_state(request.state, provision), line)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self, request: Request, *, inline: bytes | None = None) -> None:
         """A request has ended, durably: forget it, tell its client, throw its blob away."""
         entry = self.open.pop(request.id, None)
         if entry is None:
             return
+        self._listening.pop(request.id, None)
         queue = self.queues.get(request.deployment)
         if queue is not None:
             queue.remove(request.id)

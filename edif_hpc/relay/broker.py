@@ -17,6 +17,7 @@ from edif_hpc.errors import NotFound, TransitionRefused
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.objects.base import ObjectStore
 from edif_hpc.objects.directory import BlobFolder
+from edif_hpc.relay import lines
 from edif_hpc.relay.board import Board, ignored, when_settled
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.leasing import Leasing, Outbox
@@ -58,9 +59,12 @@ class Broker:
     def restore(self) -> None:
         """Read the open requests at the start."""
         for request in self._store.open_requests():
-            self._board.add(request)
+            entry = self._board.add(request)
             if request.state is not RequestState.QUEUED:
                 self._leasing.adopt(request)
+            if request.attempt:
+                ends = [each.end for each in self._store.attempts(request.id) if each.end]
+                entry.again = lines.ended(ends[-1]) if ends else ""
         self._blobs.sweep(set(self._board.open))
 
     # -- clients -------------------------------------------------------------------------------------------------------
@@ -84,18 +88,18 @@ class Broker:
         if session is not None and session.closed:
             self.session_closed(session)
         if not self._leasing.match(request.deployment):
-            self._board.show_waiting(entry)
+            self._board.show(entry)
 
     async def view(self, request_id: str, base_url: str) -> tuple[Request, Update]:
         """A request and what a poll shows of it."""
         entry = self._board.open.get(request_id)
         if entry is not None:
-            return entry.request, self._board.waiting_update(entry.request)
+            return entry.request, self._board.update(entry.request)
         request = await asyncio.to_thread(self._store.get, request_id)
         if request is None:
             raise NotFound(f"there is no request {request_id}")
         if not request.terminal:  # accepted this instant, not on the board yet
-            return request, self._board.waiting_update(request)
+            return request, self._board.update(request)
         return request, await self._telling.ended(request, base_url)
 
     async def cancel(self, request_id: str, *, by: str) -> Request:
@@ -144,7 +148,9 @@ class Broker:
         """Why a request is where it is, and what each attempt did."""
         request, update = await self.view(request_id, "")
         attempts = await asyncio.to_thread(self._store.attempts, request_id)
-        return self._telling.explain(request, update, attempts, self._board.position(request))
+        waits = request.state is RequestState.QUEUED
+        ahead = self._board.ahead(request) if waits else None
+        return self._telling.explain(request, update, attempts, ahead, self._fleet.node)
 
     async def result_bytes(self, request_id: str) -> bytes | str:
         """A result's bytes, or its key in the object store; `NotFound` with the reason if there is none."""

@@ -31,7 +31,7 @@ from edif_hpc.errors import EdifError, InvalidInput, NotFound
 from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.relay import nnsight_schema as schema
 from edif_hpc.relay.accounts import Accounts, credential
-from edif_hpc.relay.answers import Json, base_url, refusal
+from edif_hpc.relay.answers import VERSION_HEADER, Json, base_url, own_version, refusal
 from edif_hpc.relay.sessions import Session, Sessions, Update
 from edif_hpc.relay.uploads import Upload, receive_upload
 from edif_hpc.settings import RelaySettings
@@ -60,6 +60,9 @@ class Fleet(Protocol):
 
     def find(self, key: ModelKey) -> Deployment:
         """The deployment that serves a model key."""
+
+    def longest_run_s(self, deployment: str) -> float:
+        """The longest run that its workers live for."""
 
     def status(self) -> dict[str, Any]:
         """The entries of nnsight's `/status`."""
@@ -174,8 +177,8 @@ class ClientApi:
         upload: Upload,
     ) -> NewRequest:
         deployment = self._fleet.find(parse_model_key(envelope.model_key))
-        check_env(envelope.env)
-        now = self._clock.wall()
+        check_env(envelope.env, deployment.adapters)
+        now, asked = self._clock.wall(), http.headers.get("edif-timeout-s")
         queue_s = self._settings.queue_s if token.queue_s is None else token.queue_s
         return NewRequest(
             id=secrets.token_hex(16),
@@ -186,7 +189,7 @@ class ClientApi:
             env=envelope.env,
             blob_bytes=upload.blob_bytes,
             blob_sha256=upload.blob_sha256,
-            limits=Limits(wall_s=self._wall_s(token, http.headers.get("edif-timeout-s"))),
+            limits=Limits(wall_s=self._wall_s(token, deployment, asked)),
             accepted_at=now,
             expires_at=now + queue_s,
             keep=token.keep,
@@ -196,10 +199,11 @@ class ClientApi:
             },
         )
 
-    def _wall_s(self, token: Token, asked: str | None) -> float:
+    def _wall_s(self, token: Token, deployment: Deployment, asked: str | None) -> float:
         longest = self._settings.max_wall_s if token.max_wall_s is None else token.max_wall_s
+        lived = self._fleet.longest_run_s(deployment.name)
         if asked is None:
-            return min(self._settings.default_wall_s, longest)
+            return min(self._settings.default_wall_s, longest, lived)
         try:
             wall_s = float(asked)
         except ValueError:
@@ -207,6 +211,12 @@ class ClientApi:
         if not 0 < wall_s <= longest:
             raise InvalidInput(
                 f"edif-timeout-s is {asked[:40]!r}; it must be seconds above 0 and at most {longest:g}"
+            )
+        if wall_s > lived:
+            raise InvalidInput(
+                f"edif-timeout-s is {wall_s:g}, and the workers of {deployment.name} live for a walltime of "
+                f"{deployment.walltime_min} min: at most {lived:.0f} s of it can be one request. Ask for less, or "
+                "split the run"
             )
         return wall_s
 
@@ -251,7 +261,7 @@ async def _read_close(socket: WebSocket) -> None:
 
 
 async def _ping(_: HttpRequest) -> Response:
-    return PlainTextResponse("pong")
+    return PlainTextResponse("pong", headers={VERSION_HEADER: own_version()})
 
 
 async def _connected(_: HttpRequest) -> Response:

@@ -3,6 +3,7 @@
     writer ── fleet ── board ── leasing ── outcomes ──┬── broker           what clients and operators may do
                                                       ├── worker gateway   what workers say
                                                       └── scheduler        what time brings
+           orders ── slots                                                 what launchers and pilots submit, and when
 
 What it stands on (store, writer, object store, clock) is given, so the same core runs in a relay, on real sockets in a
 test, and in a model of a lossy network with a clock that a test moves.
@@ -19,10 +20,14 @@ from edif_hpc.objects.signing import Signer
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.broker import Broker
 from edif_hpc.relay.fleet import Fleet
+from edif_hpc.relay.governing import Governing
 from edif_hpc.relay.leasing import Leasing
+from edif_hpc.relay.orders import Orders
 from edif_hpc.relay.outcomes import Outcomes
+from edif_hpc.relay.outlook import Outlook
 from edif_hpc.relay.scheduler import Scheduler
 from edif_hpc.relay.sealing import Sealing
+from edif_hpc.relay.slots import Slots
 from edif_hpc.relay.telling import Telling
 from edif_hpc.relay.worker_gateway import Route, Rules, WorkerGateway
 from edif_hpc.settings import RelaySettings
@@ -50,21 +55,53 @@ class Core:
     ) -> None:
         self._signer, self._clock = signer, clock
         self._endpoint = {"server_key": server_key}
-        self.fleet = Fleet(writer=writer, store=store, clock=clock, endpoint=self._endpoint)
+        self.fleet = Fleet(
+            writer=writer,
+            store=store,
+            clock=clock,
+            endpoint=self._endpoint,
+            margin_s=settings.end_margin_s,
+        )
+        governing = Governing(
+            history=self.fleet.history,
+            taken=self.fleet.taken,
+            clock=clock,
+            submits=settings.submits_per_10_min,
+        )
+        self.orders = Orders(
+            writer=writer,
+            roll=self.fleet,
+            jobs=self.fleet.jobs,
+            governing=governing,
+            clock=clock,
+            silent_s=settings.lease_s,
+        )
+        self.slots = Slots(fleet=self.fleet, orders=self.orders, governing=governing, clock=clock)
         telling = Telling(
             clock=clock,
             objects=objects,
             result_link=self._result_link,
             heartbeat_s=settings.heartbeat_s,
         )
-        self.board = Board(fleet=self.fleet, telling=telling, objects=objects, blobs=blobs)
+        leases = LeaseClock(lease_s=settings.lease_s)
+        outlook = Outlook(
+            fleet=self.fleet, leases=leases, clock=clock, heartbeat_s=settings.heartbeat_s
+        )
+        self.board = Board(
+            fleet=self.fleet,
+            outlook=outlook,
+            telling=telling,
+            objects=objects,
+            blobs=blobs,
+            clock=clock,
+        )
         self.leasing = Leasing(
             writer=writer,
             board=self.board,
             fleet=self.fleet,
             telling=telling,
             clock=clock,
-            leases=LeaseClock(lease_s=settings.lease_s),
+            leases=leases,
             failpoints=failpoints,
         )
         outcomes = Outcomes(
@@ -99,6 +136,7 @@ class Core:
             leasing=self.leasing,
             outcomes=outcomes,
             board=self.board,
+            orders=self.orders,
             clock=clock,
             rules=rules,
             blob_link=self._blob_link,
@@ -114,7 +152,7 @@ class Core:
             ws_grace_s=settings.ws_grace_s,
             retention_s=settings.result_retention_s,
         )
-        self.fleet.attach(_Orders(self.gateway, self.broker))
+        self.fleet.attach(_Hands(self.gateway, self.broker))
         self.leasing.attach(self.gateway)
         outcomes.attach(self.gateway)
         self.broker.attach(self.gateway)
@@ -139,7 +177,7 @@ class Core:
         return self._signer.link("GET", path, expires_at=self._clock.wall() + _LINK_S)
 
 
-class _Orders:
+class _Hands:
     """The fleet's hands: the gateway and the broker."""
 
     def __init__(self, gateway: WorkerGateway, broker: Broker) -> None:

@@ -35,7 +35,7 @@ from edif_hpc.errors import EdifError, SettingsError
 from edif_hpc.objects.base import ObjectStore
 from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.objects.signing import Signer
-from edif_hpc.relay import client_api, files, hub, hub_api, operator_api
+from edif_hpc.relay import client_api, files, hub, hub_api, launcher_api, operator_api
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.answers import Json, refusal
 from edif_hpc.relay.hub_catalog import Catalog, Patterns
@@ -78,6 +78,7 @@ class Deps:
     blobs: BlobFolder
     objects: ObjectStore
     signer: Signer
+    launching: launcher_api.LauncherApi | None = None
     linger_s: float = LINGER_S  #: how long a refused client may go on sending
 
 
@@ -110,6 +111,7 @@ def build_app(deps: Deps, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlett
         routes=[
             *client.routes(),
             *_hub_routes(deps),
+            *(deps.launching.routes() if deps.launching is not None else ()),
             *operator.routes(),
             *links.routes(),
             *extra_routes,

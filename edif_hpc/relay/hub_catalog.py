@@ -83,8 +83,10 @@ class Catalog:
         return any(each.source is not None and _is(each, name) for each in self._deployments())
 
     def deployed(self, name: str) -> bool:
-        """Whether a name is deployed, from wherever."""
-        return any(_is(each, name) for each in self._deployments())
+        """Whether a name is deployed, from wherever, as a model or as an adapter of one."""
+        deployments = self._deployments()
+        adapters = {every.repo_id.lower() for each in deployments for every in each.adapters}
+        return name.lower() in adapters or any(_is(each, name) for each in deployments)
 
     def _repo(self, deployment: Deployment, manifest: Manifest) -> Repo:
         return Repo(

@@ -20,10 +20,10 @@ from edif_hpc.domain.lease import LeaseClock, LeaseEnd, spends_budget
 from edif_hpc.domain.request import Request, RequestState
 from edif_hpc.errors import StoreUnavailable
 from edif_hpc.failpoints import Failpoints
+from edif_hpc.relay import lines
 from edif_hpc.relay.board import Board, Open, when_settled
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.seats import Holding, Worker
-from edif_hpc.relay.sessions import LOG, Update
 from edif_hpc.relay.telling import Telling
 from edif_hpc.store.base import Grant, Store
 from edif_hpc.store.writer import Writer
@@ -80,25 +80,27 @@ class Leasing:
     def match(self, deployment: str) -> int:
         """Grant what can be granted; returns how many leases are under way."""
         queue = self._board.queues.get(deployment)
-        now, times = self._clock.monotonic(), self._fleet.times(deployment)
+        now, usual_s = self._clock.monotonic(), self._fleet.times(deployment).p90_s
         workers = {each.peer.key: each for each in self._fleet.serving(deployment)}
-        made = 0
+        made, longest_s = 0, self._fleet.longest_run_s(deployment)
         seats = {
-            key: each.seat(now, times)
+            key: self._fleet.seat(each, now)
             for key, each in workers.items()
             if queue and len(each.leases) < each.window
         }
         while queue:
-            seat = dispatch.choose_seat(seats.values())
-            waiting = queue.pop() if seat is not None else None
-            if seat is None or waiting is None:
+            chosen = dispatch.choose(queue, seats.values(), usual_s=usual_s, longest_s=longest_s)
+            if chosen is None:
                 break
+            waiting, seat = chosen
             worker = workers[seat.peer]
             self._lease(self._board.open[waiting.id], worker, ahead=not seat.idle)
-            seats[seat.peer] = worker.seat(now, times)
+            seats[seat.peer] = self._fleet.seat(worker, now)
             made += 1
         if workers and not queue:
             self._steal(workers, now)
+        if made:
+            self._board.news(deployment)
         return made
 
     def match_all(self) -> None:
@@ -132,7 +134,7 @@ class Leasing:
             sent = self._outbox is not None and self._outbox.grant(worker, grant, ahead=ahead)
             self._failpoints.hit("relay.send.grant.after")
             if sent:
-                entry.show(self._telling.dispatched(grant.request, worker))
+                self._board.show(entry)
             else:
                 self.lose(entry, LeaseEnd.RELEASED, {"cause": "the worker cannot be reached"})
 
@@ -140,10 +142,8 @@ class Leasing:
         when_settled(future, leased, failed)
 
     def _steal(self, workers: Mapping[str, Worker], now: float) -> None:
-        seats = {
-            key: each.seat(now, self._fleet.times(each.peer.deployment))
-            for key, each in workers.items()
-        }
+        seats = {key: self._fleet.seat(each, now) for key, each in workers.items()}
+        usual_s = max(self._fleet.times(each.peer.deployment).p90_s for each in workers.values())
         # A worker that had begun it, or never heard us, says nothing: after a heartbeat it is asked again.
         asked_lately = now - self._telling.heartbeat_s
         prefetched = [
@@ -156,7 +156,7 @@ class Leasing:
             and holding.steal_asked_at < asked_lately
             and len(worker.leases) > worker.executors
         ]
-        choice = dispatch.choose_steal(seats.values(), prefetched)
+        choice = dispatch.choose_steal(seats.values(), prefetched, usual_s=usual_s)
         entry = self._board.open.get(choice.request) if choice is not None else None
         if choice is not None and entry is not None and not entry.busy:
             holding = workers[choice.holder].leases[choice.request]
@@ -216,7 +216,7 @@ class Leasing:
             return store.start(request_id, attempt, key, now)
 
         when_settled(self._writer.submit(op, lazy=True), running, refused)
-        entry.show(self._telling.running(entry.request, worker))
+        self._board.show(entry)
 
     def renewed(self, worker: Worker, held: Iterable[m.Held]) -> list[m.Held]:
         """A heartbeat: renew what stands; returns what the worker must abandon."""
@@ -228,7 +228,8 @@ class Leasing:
             named.add(each.request)
             self._leases.open(each.request, now)
             if each.request in worker.leases:
-                worker.leases[each.request].seen = True
+                holding = worker.leases[each.request]
+                holding.seen, holding.sent, holding.size = True, each.sent, each.size
         for request_id, holding in list(worker.leases.items()):
             if request_id not in named:
                 self._unnamed(worker, request_id, holding, now)
@@ -251,13 +252,15 @@ class Leasing:
         """A running request printed."""
         entry = self._board.held(worker.peer.key, request_id, attempt)
         if entry is not None:
-            entry.show(Update(request_id=request_id, status=LOG, description=text))
+            entry.log(text)
 
     def returned(self, worker: Worker, back: m.Return) -> None:
         """A worker gave a lease back."""
         end = LeaseEnd(back.reason) if back.reason in set(LeaseEnd) else LeaseEnd.UNKNOWN
         entry = self._board.held(worker.peer.key, back.request, back.attempt)
         if entry is not None and not entry.busy:
+            # Before the request is queued again: this worker is not the next one to get it.
+            worker.pause = worker.pause.after(end, self._clock.monotonic())
             self.lose(entry, end, dict(back.evidence))
         else:
             self._fleet.let_go(worker.peer.key, back.request, back.attempt)
@@ -284,7 +287,8 @@ class Leasing:
         request, holder, now = entry.request, entry.request.holder, self._clock.wall()
         if entry.busy or holder is None:
             return
-        self._fleet.let_go(holder, request.id, request.attempt)
+        node = self._fleet.node(holder)
+        self._cut(entry, self._fleet.let_go(holder, request.id, request.attempt))
         if spends_budget(end) and self.waits(entry):
             end = LeaseEnd.RELEASED  # what had not begun cannot have killed anyone
         entry.busy = True
@@ -302,7 +306,8 @@ class Leasing:
         def released(changed: Request) -> None:
             entry.busy = False
             if self._board.open.get(request.id) is entry:
-                self._after(entry, changed, end)
+                entry.again = lines.ended(end, node=node)
+                self._after(entry, changed)
 
         def op(store: Store) -> Request:
             return store.release(
@@ -311,14 +316,19 @@ class Leasing:
 
         when_settled(self._writer.submit(op), released, failed)
 
-    def _after(self, entry: Open, changed: Request, end: LeaseEnd) -> None:
+    def _cut(self, entry: Open, held: Holding | None) -> None:
+        """It had run so long: its next worker has to live longer."""
+        if held is not None and held.started_at is not None:
+            entry.cut_s = max(entry.cut_s, self._clock.monotonic() - held.started_at)
+
+    def _after(self, entry: Open, changed: Request) -> None:
         if changed.terminal:
             self._board.close(changed)
             return
         entry.request = changed
         self._board.enqueue(changed)
         if not self.match(changed.deployment):
-            self._board.show_waiting(entry, why=end)
+            self._board.show(entry)
 
     def waits(self, entry: Open) -> bool:
         """Whether it has not begun: it is queued, or a worker has it and has not started."""

@@ -19,7 +19,7 @@ from edif_hpc.domain.people import Role, Token, require
 from edif_hpc.domain.request import Request, RequestState
 from edif_hpc.errors import Conflict, InvalidInput, NotFound
 from edif_hpc.relay.accounts import Accounts, credential
-from edif_hpc.relay.answers import Json, base_url, read_json
+from edif_hpc.relay.answers import Json, base_url, own_version, read_json
 from edif_hpc.relay.operator_schema import (
     Drain,
     Failed,
@@ -73,7 +73,14 @@ class Fleet(Protocol):
         """Remove one; returns how many requests were ended."""
 
     async def allocate(
-        self, deployment: str, *, site: str, slots: int | None
+        self,
+        deployment: str,
+        *,
+        site: str,
+        slots: int | None,
+        walltime_min: int | None,
+        gpu: str | None,
+        gpus: int | None,
     ) -> list[dict[str, Any]]:
         """New allocations with their join tokens."""
 
@@ -227,6 +234,7 @@ class OperatorApi:
         counts = {state: sum(1 for each in found if each.state is state) for state in unfinished}
         return Json(
             {
+                "version": own_version(),
                 "deployments": self._fleet.status(),
                 "requests": counts,
                 "sessions": len(self._sessions),
@@ -237,7 +245,7 @@ class OperatorApi:
         """New allocations for the free slots of a deployment, with their join tokens."""
         self._operator(http)
         asked = await read_json(http, NewAllocations)
-        made = await self._fleet.allocate(asked.deployment, site=asked.site, slots=asked.slots)
+        made = await self._fleet.allocate(**msgspec.structs.asdict(asked))
         return Json({"allocations": made}, status_code=201)
 
     async def submitted(self, http: HttpRequest) -> Response:

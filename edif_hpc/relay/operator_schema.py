@@ -12,13 +12,28 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from edif_hpc.domain.adapter import Adapter, each_once
 from edif_hpc.domain.deployment import DEFAULT_TASK, Deployment, check_name, default_name
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import Request
+from edif_hpc.objects.repository import check_repo_id
 
 Text = Annotated[str, Meta(min_length=1, max_length=400)]
 Count = Annotated[int, Meta(ge=1, le=1000)]
+Walltime = Annotated[int, Meta(ge=1, le=366 * 24 * 60)]  # minutes
 Key = Annotated[str, Meta(min_length=40, max_length=40)]  # a CURVE key in Z85
+
+
+class NewAdapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter that a deployment is to serve."""
+
+    repo_id: Text
+    revision: Annotated[str, Meta(pattern=r"^[\w./-]{1,100}$")] | None = None
+
+    def value(self) -> Adapter:
+        """As the domain has it."""
+        revision = None if self.revision == "main" else self.revision
+        return Adapter(repo_id=check_repo_id(self.repo_id), revision=revision)
 
 
 class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,12 +50,18 @@ class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Text = "cpu"
     executors: Count = 1
     isolation_floor: Text = "process"
+    site: Text | None = None
+    gpu: Text | None = None
+    gpus: Annotated[int, Meta(ge=0, le=256)] = 1
+    walltime_min: Walltime | None = None
+    adapters: Annotated[list[NewAdapter], Meta(max_length=100)] = []
 
     def value(self) -> Deployment:
         """As the domain has it; "main" is the default branch."""
         fields = msgspec.structs.asdict(self)
         fields["name"] = check_name(self.name) if self.name else default_name(self.repo_id)
         fields["revision"] = None if self.revision == "main" else self.revision
+        fields["adapters"] = each_once(each.value() for each in self.adapters)
         return Deployment(**fields)
 
 
@@ -56,11 +77,14 @@ class NewToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class NewAllocations(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Ask for allocations of a deployment's free slots."""
+    """A deployment is wanted up, at a site: its free slots are to be filled, and with a walltime kept so."""
 
     deployment: Text
     site: Text
     slots: Count | None = None
+    gpu: Text | None = None
+    gpus: Annotated[int, Meta(ge=0, le=256)] | None = None
+    walltime_min: Walltime | None = None
 
 
 class Submitted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

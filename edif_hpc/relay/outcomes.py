@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import LeaseEnd
+from edif_hpc.domain.pause import Pause
 from edif_hpc.domain.request import Failure, FailureKind, Request, ResultRef
 from edif_hpc.errors import StoreUnavailable, Unavailable
 from edif_hpc.failpoints import Failpoints
@@ -99,6 +100,7 @@ class Outcomes:
             self._not_committed(worker, entry, holding, done, error)
 
         def committed(request: Request) -> None:
+            worker.pause = Pause()
             self._acknowledge(worker, done, accepted=True)
             if entry is not None:
                 self._leasing.forget(request.id)

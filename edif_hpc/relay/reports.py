@@ -8,6 +8,9 @@ from typing import Any
 from edif_hpc.domain.allocation import Allocation
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.request import Provision
+from edif_hpc.domain.succession import Decision
+from edif_hpc.relay import lines
+from edif_hpc.relay.jobs import Job
 from edif_hpc.relay.seats import Worker
 
 
@@ -68,6 +71,7 @@ def _entry(deployment: Deployment, level: str, state: str) -> dict[str, Any]:
         "revision": deployment.revision,
         "task": deployment.task,
         "trust_remote_code": deployment.trust_remote_code,
+        "adapters": [each.repo_id for each in deployment.adapters],
     }
 
 
@@ -88,10 +92,12 @@ def _line(allocation: Allocation, worker: Worker | None, now: float) -> dict[str
         "worker": None,
     }
     if worker is not None:
-        line["detail"] = worker.detail or allocation.detail
+        paused_s = worker.pause.left_s(now)
+        line["detail"] = _pause(worker, paused_s) or worker.detail or allocation.detail
         line["worker"] = {
             "state": worker.state,
             "progress": worker.progress,
+            "paused_s": round(paused_s, 1),
             "isolation": worker.facts.get("isolation"),
             "isolation_missing": worker.facts.get("isolation_missing", []),
             "executors": worker.executors,
@@ -101,3 +107,35 @@ def _line(allocation: Allocation, worker: Worker | None, now: float) -> dict[str
             "versions": worker.facts.get("versions", {}),
         }
     return line
+
+
+def _pause(worker: Worker, paused_s: float) -> str:
+    if not paused_s:
+        return ""
+    gave = f"gave {worker.pause.returns} lease(s) back in a row"
+    return f"paused for {lines.duration(paused_s)}: {gave}, see its log"
+
+
+def prospects(
+    row: Allocation,
+    job: Job,
+    *,
+    left_s: float | None,
+    start_in_s: float | None,
+    decision: Decision | None,
+    others: Iterable[Allocation],
+) -> dict[str, Any]:
+    """What is to come of an allocation: its end, its successor, and why it waits; for `ps`."""
+    newer = [e for e in others if e.place == row.place and e.generation > row.generation]
+    successor = max(newer, key=lambda each: each.generation, default=None)
+    return {
+        "walltime_min": row.walltime_min,
+        "left_s": None if left_s is None else round(left_s, 1),
+        "reason": job.reason or None,
+        "start_in_s": None if start_in_s is None else round(start_in_s, 1),
+        "order_holder": row.order_holder,
+        "successor": None if successor is None else successor.name,
+        "why": "" if decision is None else decision.why,
+        "gap_s": 0.0 if decision is None else round(decision.gap_s, 1),
+        "advice": "" if decision is None else decision.advice,
+    }

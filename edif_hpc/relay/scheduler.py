@@ -78,7 +78,7 @@ class Scheduler:
         for request_id, failure in self.broker.overdue(self.ws_grace_s):
             await self.broker.end(request_id, failure)
         self.leasing.match_all()
-        self.board.show_positions()
+        self.board.tell()
         if self._last_rare is None or now - self._last_rare > _RARELY_S:
             self._last_rare = now
             await self._rarely(now)

@@ -48,7 +48,7 @@ class Sealing:
                 upload = entry.upload
             urls = await self._objects.part_urls(upload, need.first, need.count, base_url=base_url)
         except Unavailable as error:
-            return _parts(need, [], refusal=str(error)[:_REASON_CHARS])
+            return _parts(need, [], refusal=error.told[:_REASON_CHARS])
         return _parts(need, urls)
 
     async def seal(self, entry: Open, done: m.Done) -> m.Reupload | Failure | None:
@@ -128,6 +128,6 @@ def _given_up(error: EdifError, patience_s: float) -> Failure:
     )
     return Failure(
         kind=FailureKind.ENGINE,
-        message=f"the code has run, but its result {what} in {patience_s:.0f} s of trying: {error}. "
+        message=f"the code has run, but its result {what} in {patience_s:.0f} s of trying: {error.told}. "
         "Tell the operator, and send it again when the store works.",
     )

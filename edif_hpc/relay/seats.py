@@ -13,6 +13,7 @@ from typing import Any
 from edif_hpc.domain.allocation import Peer
 from edif_hpc.domain.dispatch import Seat
 from edif_hpc.domain.estimate import RunTimes
+from edif_hpc.domain.pause import Pause
 
 
 @dataclass(kw_only=True)
@@ -24,6 +25,8 @@ class Holding:
     started_at: float | None = None
     seen: bool = False  #: the worker has named it in a heartbeat
     steal_asked_at: float = -math.inf
+    sent: int = 0  #: bytes of its result that the store has
+    size: int = 0  #: bytes of its result, once it has run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,20 +38,26 @@ class Worker:
     state: str
     heard_at: float
     facts: Mapping[str, Any] = field(default_factory=dict)
-    detail: str = ""
+    since: float = 0.0  #: when it first spoke, monotonic: its load began then
+    detail: str = ""  #: while it loads, the stage; else its last words
     progress: float | None = None
+    done: int = 0  #: bytes of the stage, where they are known
+    total: int = 0
     window: int = 0
     executors: int = 1
     draining: bool = False
     leases: dict[str, Holding] = field(default_factory=dict)
+    pause: Pause = field(default_factory=Pause)
 
     @property
     def serves(self) -> bool:
         """Whether it may be given leases."""
         return self.state == "warm" and not self.draining
 
-    def seat(self, now: float, times: RunTimes) -> Seat:
-        """This worker as `domain.dispatch` sees it."""
+    def seat(
+        self, now: float, times: RunTimes, *, left_s: float | None = None, margin_s: float = 0.0
+    ) -> Seat:
+        """This worker as `domain.dispatch` sees it; one that pauses takes nothing."""
         running = [
             times.remaining_s(now - each.started_at)
             for each in self.leases.values()
@@ -62,6 +71,8 @@ class Worker:
             peer=self.peer.key,
             executors=self.executors,
             held=len(self.leases),
-            window=self.window,
+            window=0 if self.pause.left_s(now) else self.window,
             busy_for_s=busy_for_s,
+            left_s=left_s,
+            margin_s=margin_s,
         )

@@ -1,6 +1,7 @@
-"""What clients are told: the state, the one line that explains it, and `meta`.
+"""What clients are told: the state, the one line that explains it (`lines`), and `meta`.
 
-The status line says what happens now and what the request waits for. `meta` uses NDIF's key names (`runtime`,
+The status line says what happens now and what the request waits for; `request explain` says the same, and what each
+attempt did. `meta` uses NDIF's key names (`runtime`,
 `max_mem_by_gpu`, …) and adds what a researcher needs to repeat the run: commit, dtype, versions, isolation level,
 attempt, seconds queued. A failure carries `meta.error`, so that scripts branch on a kind and not on a text.
 """
@@ -13,18 +14,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edif_hpc.clock import Clock
-from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import (
     Failure,
     FailureKind,
     Provision,
     Request,
     RequestState,
-    shown_state,
 )
 from edif_hpc.errors import NotFound
 from edif_hpc.objects.base import ObjectStore
-from edif_hpc.relay.seats import Worker
+from edif_hpc.relay import lines
+from edif_hpc.relay.lines import Ahead
 from edif_hpc.relay.sessions import Update
 from edif_hpc.store.base import Attempt
 
@@ -49,40 +49,10 @@ class Telling:
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
-    def waiting(
-        self,
-        request: Request,
-        position: int,
-        provision: tuple[Provision, str],
-        *,
-        why: LeaseEnd | None = None,
-    ) -> Update:
+    def open(self, request: Request, state: RequestState, line: str) -> Update:
         """A request that has not ended, as it stands now."""
-        state = shown_state(request.state, provision[0])
         return Update(
-            request_id=request.id,
-            status=state,
-            description=self._line(request, position, provision, why),
-            meta=self._meta(request),
-        )
-
-    def dispatched(self, request: Request, worker: Worker) -> Update:
-        """A worker has the lease."""
-        return Update(
-            request_id=request.id,
-            status=RequestState.DISPATCHED,
-            description=f"sent to {_place(worker)}",
-            meta=self._meta(request),
-        )
-
-    def running(self, request: Request, worker: Worker) -> Update:
-        """An executor runs it."""
-        meta = self._meta(request) | {"attempt": request.attempt}
-        return Update(
-            request_id=request.id,
-            status=RequestState.RUNNING,
-            description=f"running on {_place(worker)}",
-            meta=meta,
+            request_id=request.id, status=state, description=line, meta=self._meta(request)
         )
 
     async def ended(
@@ -114,9 +84,9 @@ class Telling:
             return self._error(request, Failure(kind=FailureKind.DAMAGED, message=lost), meta)
         ran = request.meta.get("runtime")
         line = (
-            f"ran {ran:.2f} s, {_size(result.size_bytes)}"
+            f"ran {ran:.2f} s, {lines.size(result.size_bytes)}"
             if isinstance(ran, int | float)
-            else _size(result.size_bytes)
+            else lines.size(result.size_bytes)
         )
         return Update(
             request_id=request.id,
@@ -131,8 +101,9 @@ class Telling:
     def expired(self, request: Request, provision: tuple[Provision, str]) -> Failure:
         """The error of a request whose end date passed in the queue."""
         waited = self._clock.wall() - request.accepted_at
-        what = "other requests, in the queue" if provision[0] is Provision.WARM else provision[1]
-        message = f"not run within {_duration(waited)}: it waited for {what}. Send it again, or ask the operator for a longer queue time."
+        warm = provision[0] is Provision.WARM
+        what = "others were before it in the queue" if warm else provision[1]
+        message = f"not run within {lines.duration(waited)}. At the end: {what}. Send it again, or ask the operator for a longer queue time."
         return Failure(kind=FailureKind.EXPIRED, message=message)
 
     def deleted(self, request: Request) -> str:
@@ -146,33 +117,30 @@ class Telling:
         return f"the result of request {request.id} was deleted on {when}, at the end of its retention; run it again"
 
     def explain(
-        self, request: Request, update: Update, attempts: Iterable[Attempt], position: int
+        self,
+        request: Request,
+        update: Update,
+        attempts: Iterable[Attempt],
+        ahead: Ahead | None,
+        node_of: Callable[[str], str],
     ) -> dict[str, Any]:
-        """The facts behind the status line, as JSON."""
+        """The facts behind the status line, as JSON; `ahead` if it waits in the queue."""
         return {
             "id": request.id,
             "state": str(update.status),
             "why": update.description,
             "deployment": request.deployment,
             "owner": request.owner,
-            "position": position,
+            "position": ahead.place if ahead is not None else 0,
+            "ahead": {"requests": ahead.requests, "people": ahead.people} if ahead else None,
+            "start_in_s": ahead.start_s if ahead is not None else None,
             "accepted_at": request.accepted_at,
             "expires_at": request.expires_at,
             "ended_at": request.ended_at,
             "attempt": request.attempt,
             "crashes": request.crashes,
             "meta": update.meta,
-            "attempts": [
-                {
-                    "attempt": each.attempt,
-                    "holder": each.holder[:8],
-                    "granted_at": each.granted_at,
-                    "started_at": each.started_at,
-                    "ended_at": each.ended_at,
-                    "end": each.end,
-                }
-                for each in attempts
-            ],
+            "attempts": [_attempt(each, node_of(each.holder)) for each in attempts],
         }
 
     def canonical(self, request: Request) -> None:
@@ -197,25 +165,6 @@ class Telling:
         )
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _line(
-        self,
-        request: Request,
-        position: int,
-        provision: tuple[Provision, str],
-        why: LeaseEnd | None,
-    ) -> str:
-        if request.state is RequestState.DISPATCHED:
-            return "sent to a worker"
-        if request.state is RequestState.RUNNING:
-            return "running"
-        again = (
-            f"; attempt {request.attempt} ended ({why}), it runs again" if why is not None else ""
-        )
-        if provision[0] is not Provision.WARM:
-            return f"waits for the model: {provision[1]}{again}"
-        ahead = "next" if position <= 1 else f"{position - 1} ahead"
-        return f"in the queue of {request.deployment}, {ahead}{again}"
 
     def _error(self, request: Request, failure: Failure, meta: dict[str, Any]) -> Update:
         error = {"kind": str(failure.kind), **failure.details}
@@ -249,20 +198,15 @@ def facts_for_meta(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _place(worker: Worker) -> str:
-    return f"{worker.peer.deployment}/{worker.peer.slot}"
-
-
-def _size(size_bytes: int) -> str:
-    amount = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, secs = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {secs} s"
+def _attempt(attempt: Attempt, node: str) -> dict[str, Any]:
+    cause = attempt.evidence.get("cause", "")
+    return {
+        "attempt": attempt.attempt,
+        "holder": attempt.holder[:8],
+        "node": node,
+        "granted_at": attempt.granted_at,
+        "started_at": attempt.started_at,
+        "ended_at": attempt.ended_at,
+        "end": attempt.end,
+        "how": lines.ended(attempt.end, node=node, cause=cause),
+    }

@@ -27,7 +27,9 @@ from edif_hpc.objects.base import PART_BYTES
 from edif_hpc.relay.board import Board
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.leasing import Leasing
+from edif_hpc.relay.orders import Orders
 from edif_hpc.relay.outcomes import Outcomes
+from edif_hpc.relay.pilots import Pilots
 from edif_hpc.relay.seats import Worker
 from edif_hpc.store.base import Grant
 from edif_hpc.wire import codec
@@ -81,6 +83,7 @@ class WorkerGateway:
         leasing: Leasing,
         outcomes: Outcomes,
         board: Board,
+        orders: Orders,
         clock: Clock,
         rules: Rules,
         blob_link: Callable[[str], str],
@@ -88,6 +91,9 @@ class WorkerGateway:
         self._fleet, self._leasing, self._outcomes = fleet, leasing, outcomes
         self._board, self._clock = board, clock
         self._rules, self._blob_link = rules, blob_link
+        self._pilots = Pilots(
+            fleet=fleet, orders=orders, died=self._worker_died, background=board.background
+        )
         self._links: dict[str, _Link] = {}
         self._router: Route | None = None
         self._base_url = ""
@@ -157,33 +163,14 @@ class WorkerGateway:
             self._on[type(message)](link, worker, message)
 
     def _pilot_says(self, link: _Link, message: m.FromPeer) -> None:
-        allocation = link.peer.allocation
-        self._fleet.pilot_spoke(allocation, link.session.heard_at)
-        match message:
-            case m.Hello():
-                self._welcome(link, keep=[], drain=False)
-            case m.Renew():
-                self._send(link.route, m.Beat())
-            case m.Report():
-                self._reported(allocation, message)
-            case m.Goodbye():
-                self._worker_died(allocation, message.cause, nonce="")
-                self._board.background(self._fleet.end(allocation, cause=message.cause))
-            case _:
-                return
-
-    def _reported(self, allocation: str, report: m.Report) -> None:
-        _log.info(
-            "pilot",
-            extra={
-                "event": "pilot_report",
-                "allocation": allocation,
-                "report": report.event,
-                "detail": report.detail[-500:],
-            },
+        self._pilots.says(
+            link.peer.allocation,
+            message,
+            link.session.heard_at,
+            lambda say: self._send(link.route, say),
         )
-        if report.event == "worker_exited":
-            self._worker_died(allocation, report.detail[-200:], nonce=report.nonce)
+        if isinstance(message, m.Hello):
+            self._welcome(link, keep=[], drain=False)
 
     # -- a worker's messages ---------------------------------------------------------------------------------------------
 
@@ -195,10 +182,12 @@ class WorkerGateway:
             state=hello.state,
             heard_at=link.session.heard_at,
             facts=hello.facts,
+            since=link.session.heard_at,
         )
         worker.draining = hello.state == "draining"
         if old is not None and old.nonce == hello.nonce:
             worker.window, worker.executors = old.window, old.executors
+            worker.since, worker.pause = old.since, old.pause
             worker.draining |= old.draining
         self._fleet.workers[link.peer.key] = worker
         kept = self._leasing.greeted(worker, hello.held, old)
@@ -229,12 +218,14 @@ class WorkerGateway:
         return {**asdict(deployment), "model_key": deployment.model_key.render()}
 
     def _state(self, link: _Link, worker: Worker, message: m.State) -> None:  # noqa: ARG002 - one signature
+        if (worker.state, message.state) == ("loading", "warm"):
+            self._fleet.loaded(worker.peer.deployment, worker.heard_at - worker.since)
         worker.state, worker.detail = message.state, message.detail
-        worker.progress = message.progress
+        worker.progress, worker.done, worker.total = message.progress, message.done, message.total
         worker.draining = worker.draining or message.state == "draining"
         worker.facts = message.facts or worker.facts
         self._note(worker)
-        self._board.show_positions()
+        self._board.news(worker.peer.deployment)
 
     def _pull(self, link: _Link, worker: Worker, message: m.Pull) -> None:  # noqa: ARG002
         worker.window, worker.executors = message.window, max(1, message.executors)
@@ -261,7 +252,7 @@ class WorkerGateway:
             "a worker left", extra={"event": "worker_left", "worker": key[:8], "cause": cause}
         )
 
-    def _worker_died(self, allocation: str, detail: str, *, nonce: str) -> None:
+    def _worker_died(self, allocation: str, detail: str, nonce: str) -> None:
         """Its process is gone; a late report of an earlier process says nothing about the present one."""
         for key in self._fleet.worker_keys(allocation):
             worker = self._fleet.workers.get(key)
@@ -269,7 +260,9 @@ class WorkerGateway:
                 self._forget(key)
                 evidence = {"cause": detail or "its process ended"}
                 self._leasing.gone(key, LeaseEnd.WORKER_LOST, evidence)
-        self._board.show_positions()
+        known = self._fleet.allocation(allocation)
+        if known is not None:
+            self._board.news(known.deployment)
 
     def _forget(self, key: str) -> None:
         self._links.pop(key, None)

@@ -205,14 +205,17 @@ class Store(Protocol):
     def add_deployment(self, deployment: Deployment) -> None:
         """`Conflict` if the name is taken."""
 
+    def change_deployment(self, name: str, **facts: str | float | None) -> Deployment:
+        """Set what an operator may change: `replicas`, `site`, `gpu`, `gpus`, `walltime_min`, `up_at`."""
+
     def remove_deployment(self, name: str) -> None:
         """`NotFound` if there is none."""
 
     def deployments(self) -> list[Deployment]:
         """All, by name."""
 
-    def add_allocation(self, allocation: Allocation, join_sha256: str) -> None:
-        """A new allocation and the hash of its one-time join token.
+    def add_allocation(self, allocation: Allocation, join_sha256: str | None) -> None:
+        """A new allocation and the hash of its one-time join token; an order has none yet.
 
         `Conflict` for an id, a token or a (deployment, slot, generation) in use.
         """
@@ -230,6 +233,20 @@ class Store(Protocol):
         An event with the facts is kept for each change of state; the first WARM and the end set
         their times.
         """
+
+    def take_order(
+        self, allocation_id: str, holder: str, now: float, *, lease_s: float, join_sha256: str
+    ) -> Allocation:
+        """Lease an order to who is to submit it; the join token before is worth nothing any more.
+
+        `TransitionRefused` while another one holds it, or when it is no order any more.
+        """
+
+    def free_order(self, allocation_id: str, holder: str) -> Allocation:
+        """Give an order back that was certainly not submitted; by its holder alone."""
+
+    def submit_order(self, allocation_id: str, holder: str, job_id: str, now: float) -> Allocation:
+        """ORDERED → SUBMITTED, by its holder alone; a repetition changes nothing."""
 
     def allocations(self, *, live_only: bool = True) -> list[Allocation]:
         """Oldest first."""

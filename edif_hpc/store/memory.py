@@ -233,6 +233,9 @@ class MemoryStore(SharedStore):
     def _insert_deployment(self, deployment: Deployment) -> bool:
         return self._changing().deployments.setdefault(deployment.name, deployment) is deployment
 
+    def _update_deployment(self, deployment: Deployment) -> None:
+        self._changing().deployments[deployment.name] = deployment
+
     def _delete_deployment(self, name: str) -> bool:
         return self._changing().deployments.pop(name, None) is not None
 
@@ -240,7 +243,7 @@ class MemoryStore(SharedStore):
         """All, by name."""
         return sorted(self._reading().deployments.values(), key=lambda each: each.name)
 
-    def _insert_allocation(self, allocation: Allocation, join_sha256: str) -> bool:
+    def _insert_allocation(self, allocation: Allocation, join_sha256: str | None) -> bool:
         tables = self._changing()
         places = {_place(each) for each in tables.allocations.values()}
         if (
@@ -250,7 +253,8 @@ class MemoryStore(SharedStore):
         ):
             return False
         tables.allocations[allocation.id] = allocation
-        tables.joins[join_sha256] = allocation.id
+        if join_sha256 is not None:
+            tables.joins[join_sha256] = allocation.id
         return True
 
     def _load_allocation(self, allocation_id: str) -> Allocation | None:
@@ -258,6 +262,16 @@ class MemoryStore(SharedStore):
 
     def _update_allocation(self, allocation: Allocation) -> None:
         self._changing().allocations[allocation.id] = allocation
+
+    def _set_join(self, allocation_id: str, join_sha256: str | None) -> bool:
+        joins = self._changing().joins
+        if join_sha256 is not None and joins.get(join_sha256, allocation_id) != allocation_id:
+            return False
+        for old in [token for token, known in joins.items() if known == allocation_id]:
+            del joins[old]
+        if join_sha256 is not None:
+            joins[join_sha256] = allocation_id
+        return True
 
     def allocations(self, *, live_only: bool = True) -> list[Allocation]:
         """Oldest first."""

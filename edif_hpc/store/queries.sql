@@ -134,13 +134,20 @@ SELECT * FROM tokens ORDER BY created_at, id;
 -- insert_deployment --
 INSERT INTO deployments (
     name, repo_id, revision, task, dtype, source, trust_remote_code, replicas, device, executors,
-    isolation_floor, created_at
+    isolation_floor, adapters, site, gpu, gpus, walltime_min, up_at, created_at
 ) VALUES (
     :name, :repo_id, :revision, :task, :dtype, :source, :trust_remote_code, :replicas, :device,
-    :executors, :isolation_floor, :created_at
+    :executors, :isolation_floor, :adapters, :site, :gpu, :gpus, :walltime_min, :up_at, :created_at
 )
 ON CONFLICT (name) DO NOTHING
 RETURNING name;
+
+-- update_deployment --
+-- The part of a deployment that an operator may change.
+UPDATE deployments
+SET replicas = :replicas, site = :site, gpu = :gpu, gpus = :gpus, walltime_min = :walltime_min,
+    up_at = :up_at
+WHERE name = :name;
 
 -- delete_deployment --
 DELETE FROM deployments WHERE name = :name RETURNING name;
@@ -151,20 +158,28 @@ SELECT * FROM deployments ORDER BY name;
 -- insert_allocation --
 -- No row if the id, the join token or the (deployment, slot, generation) exists.
 INSERT INTO allocations (
-    id, deployment, slot, generation, site, state, submitted_at, job_id, node, warm_at, ended_at,
-    cause, detail, join_sha256
+    id, deployment, slot, generation, site, state, submitted_at, walltime_min, begin_after_s,
+    order_holder, order_until, job_id, node, started_at, warm_at, ended_at, cause, detail,
+    join_sha256
 ) VALUES (
-    :id, :deployment, :slot, :generation, :site, :state, :submitted_at, :job_id, :node, :warm_at,
-    :ended_at, :cause, :detail, :join_sha256
+    :id, :deployment, :slot, :generation, :site, :state, :submitted_at, :walltime_min,
+    :begin_after_s, :order_holder, :order_until, :job_id, :node, :started_at, :warm_at, :ended_at,
+    :cause, :detail, :join_sha256
 )
 ON CONFLICT DO NOTHING
 RETURNING id;
 
 -- update_allocation --
 UPDATE allocations
-SET state = :state, job_id = :job_id, node = :node, warm_at = :warm_at, ended_at = :ended_at,
-    cause = :cause, detail = :detail
+SET state = :state, submitted_at = :submitted_at, order_holder = :order_holder,
+    order_until = :order_until, job_id = :job_id, node = :node, started_at = :started_at,
+    warm_at = :warm_at, ended_at = :ended_at, cause = :cause, detail = :detail
 WHERE id = :id;
+
+-- set_join --
+-- No row if another allocation has this token. What was spent belongs to the token before.
+UPDATE OR IGNORE allocations SET join_sha256 = :join_sha256, joined_at = NULL WHERE id = :id
+RETURNING id;
 
 -- load_allocation --
 SELECT * FROM allocations WHERE id = :id;

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, Final, Protocol, TypeVar
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.allocation import (
     Allocation,
     AllocationEvent,
@@ -210,9 +211,17 @@ def token_from(row: Row) -> Token:
     return _plain(Token, row, role=Role(row["role"]), keep=bool(row["keep"]))
 
 
+def deployment_params(deployment: Deployment) -> dict[str, Any]:
+    """What `insert_deployment` binds."""
+    adapters = json.dumps([asdict(each) for each in deployment.adapters])
+    return params(deployment) | {"adapters": adapters}
+
+
 def deployment_from(row: Row) -> Deployment:
     """A deployment from its row."""
-    return _plain(Deployment, row, trust_remote_code=bool(row["trust_remote_code"]))
+    adapters = tuple(Adapter(**each) for each in json.loads(row["adapters"]))
+    trusting = bool(row["trust_remote_code"])
+    return _plain(Deployment, row, trust_remote_code=trusting, adapters=adapters)
 
 
 def allocation_from(row: Row) -> Allocation:

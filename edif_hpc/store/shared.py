@@ -32,12 +32,14 @@ from edif_hpc.errors import Conflict, InvalidInput, NotAuthenticated, NotFound, 
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.store import rules
 from edif_hpc.store.base import Attempt, Charge, Grant
+from edif_hpc.store.orders import OrderChanges
 from edif_hpc.store.rules import Change, Stored
 
 ALLOCATION_FACTS: Final = frozenset({"job_id", "node", "cause", "detail"})
+DEPLOYMENT_FACTS: Final = frozenset({"replicas", "site", "gpu", "gpus", "walltime_min", "up_at"})
 
 
-class SharedStore(ABC):
+class SharedStore(OrderChanges, ABC):
     """A store whose rows are kept by a subclass."""
 
     def __init__(self, failpoints: Failpoints | None = None) -> None:
@@ -229,7 +231,18 @@ class SharedStore(ABC):
         if not self._delete_deployment(name):
             raise NotFound(f"there is no deployment named {name!r}")
 
-    def add_allocation(self, allocation: Allocation, join_sha256: str) -> None:
+    def change_deployment(self, name: str, **facts: str | float | None) -> Deployment:
+        """Set what an operator may change of a deployment."""
+        self._require_transaction()
+        old = next((each for each in self.deployments() if each.name == name), None)
+        if old is None:
+            raise NotFound(f"there is no deployment named {name!r}")
+        _check_names("a deployment", facts, DEPLOYMENT_FACTS)
+        new: Deployment = replace(old, **facts)  # type: ignore[arg-type] # names checked above
+        self._update_deployment(new)
+        return new
+
+    def add_allocation(self, allocation: Allocation, join_sha256: str | None) -> None:
         """Keep a new allocation, its join token's hash and its first event."""
         if not self._insert_allocation(allocation, join_sha256):
             raise Conflict(
@@ -248,21 +261,20 @@ class SharedStore(ABC):
         **facts: str | float | None,
     ) -> Allocation:
         """Move an allocation along its table, and set facts."""
-        self._require_transaction()
-        old = self._load_allocation(allocation_id)
-        if old is None:
-            raise NotFound(f"there is no allocation {allocation_id}")
-        if unknown := sorted(facts.keys() - ALLOCATION_FACTS):
-            raise InvalidInput(
-                f"{unknown} are no facts of an allocation; known: {sorted(ALLOCATION_FACTS)}"
-            )
+        old = self._known(allocation_id)
+        _check_names("an allocation", facts, ALLOCATION_FACTS)
         new: Allocation = replace(old, **facts)  # type: ignore[arg-type] # names checked above
         if state is not None:
             check_transition(allocation_id, old.state, state)
             new = _moved(new, state, now)
-            self._insert_event(_event(new, now, facts))
+            self._note_state(new, now, facts)
         self._update_allocation(new)
         return new
+
+    def _note_state(
+        self, allocation: Allocation, at: float, detail: Mapping[str, str | float | None]
+    ) -> None:
+        self._insert_event(_event(allocation, at, detail))
 
     def join(self, join_sha256: str, now: float) -> Allocation:
         """Spend a join token and give its allocation."""
@@ -320,15 +332,11 @@ class SharedStore(ABC):
     @abstractmethod
     def _insert_deployment(self, deployment: Deployment) -> bool: ...
     @abstractmethod
+    def _update_deployment(self, deployment: Deployment) -> None: ...
+    @abstractmethod
     def _delete_deployment(self, name: str) -> bool: ...
     @abstractmethod
-    def _insert_allocation(self, allocation: Allocation, join_sha256: str) -> bool: ...
-    @abstractmethod
-    def _load_allocation(self, allocation_id: str) -> Allocation | None: ...
-    @abstractmethod
-    def _update_allocation(self, allocation: Allocation) -> None: ...
-    @abstractmethod
-    def _insert_event(self, event: AllocationEvent) -> None: ...
+    def _insert_allocation(self, allocation: Allocation, join_sha256: str | None) -> bool: ...
     @abstractmethod
     def _spend_join(self, join_sha256: str, now: float) -> Allocation | None: ...
     @abstractmethod
@@ -345,9 +353,20 @@ class SharedStore(ABC):
     def tokens(self) -> list[Token]:
         """All, the oldest first."""
 
+    @abstractmethod
+    def deployments(self) -> list[Deployment]:
+        """All, by name."""
+
+
+def _check_names(what: str, facts: Mapping[str, Any], known: frozenset[str]) -> None:
+    if unknown := sorted(facts.keys() - known):
+        raise InvalidInput(f"{unknown} are no facts of {what}; known: {sorted(known)}")
+
 
 def _moved(allocation: Allocation, state: AllocationState, now: float) -> Allocation:
     match state:
+        case AllocationState.STARTED:
+            return replace(allocation, state=state, started_at=now)
         case AllocationState.WARM if allocation.warm_at is None:
             return replace(allocation, state=state, warm_at=now)
         case AllocationState.ENDED:

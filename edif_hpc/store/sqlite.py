@@ -67,10 +67,11 @@ class SqliteStore(SharedStore):
                 self._writer = self._connect("rwc")
                 self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
                 self._writer.execute("PRAGMA synchronous = FULL")
-                self._writer.execute("PRAGMA foreign_keys = ON")
                 self._writer.execute("PRAGMA temp_store = MEMORY")  # savepoints need no files
                 self._writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
                 self._migrate(self._writer)
+                # Only now: a migration may have to build a table anew that others refer to.
+                self._writer.execute("PRAGMA foreign_keys = ON")
             self._sync_folder()
         except BaseException:
             self.close()
@@ -175,7 +176,8 @@ class SqliteStore(SharedStore):
         self._require_transaction()
         writer = self._open_writer()
         if not writer.in_transaction:  # without one, each statement would commit by itself
-            raise StoreUnavailable(f"{self._path}: SQLite has undone this transaction; try again")
+            undone = "SQLite has undone this transaction; try again"
+            raise StoreUnavailable(undone, place=str(self._path))
         return writer
 
     @contextmanager
@@ -195,7 +197,7 @@ class SqliteStore(SharedStore):
 
     def _open_writer(self) -> sqlite3.Connection:
         if self._writer is None:
-            raise StoreUnavailable(f"the store {self._path} is not open")
+            raise StoreUnavailable("the store is not open", place=str(self._path))
         return self._writer
 
     @contextmanager
@@ -211,7 +213,7 @@ class SqliteStore(SharedStore):
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         advice = _ADVICE.get(code & 0xFF, "see the log of the relay")
-        return StoreUnavailable(f"{self._path}: {error} ({name}); {advice}")
+        return StoreUnavailable(f"{error} ({name}); {advice}", place=str(self._path))
 
     # -- rows of requests ------------------------------------------------------------------------
     def _load(self, request_id: str) -> rules.Stored | None:
@@ -321,7 +323,10 @@ class SqliteStore(SharedStore):
 
     # -- deployments, allocations, peers ---------------------------------------------------------
     def _insert_deployment(self, deployment: Deployment) -> bool:
-        return bool(self._write("insert_deployment", rows.params(deployment)))
+        return bool(self._write("insert_deployment", rows.deployment_params(deployment)))
+
+    def _update_deployment(self, deployment: Deployment) -> None:
+        self._write("update_deployment", rows.deployment_params(deployment))
 
     def _delete_deployment(self, name: str) -> bool:
         return bool(self._write("delete_deployment", {"name": name}))
@@ -330,7 +335,7 @@ class SqliteStore(SharedStore):
         """All, by name."""
         return [rows.deployment_from(row) for row in self._read("deployments")]
 
-    def _insert_allocation(self, allocation: Allocation, join_sha256: str) -> bool:
+    def _insert_allocation(self, allocation: Allocation, join_sha256: str | None) -> bool:
         values = rows.params(allocation) | {"join_sha256": join_sha256}
         return bool(self._write("insert_allocation", values))
 
@@ -340,6 +345,9 @@ class SqliteStore(SharedStore):
 
     def _update_allocation(self, allocation: Allocation) -> None:
         self._write("update_allocation", rows.params(allocation))
+
+    def _set_join(self, allocation_id: str, join_sha256: str | None) -> bool:
+        return bool(self._write("set_join", {"id": allocation_id, "join_sha256": join_sha256}))
 
     def allocations(self, *, live_only: bool = True) -> list[Allocation]:
         """Oldest first."""

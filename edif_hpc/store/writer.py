@@ -228,7 +228,7 @@ def _all_fail(group: list[Job], failure: StoreUnavailable) -> list[_Outcome]:
     # Each caller gets its own exception, because raising adds to an exception's traceback.
     outcomes = []
     for job in group:
-        own = StoreUnavailable(str(failure))
+        own = StoreUnavailable(failure.message, place=failure.place)
         own.__cause__ = failure
         outcomes.append(_Outcome(job, error=own))
     return outcomes

@@ -31,6 +31,7 @@ from edif_hpc.objects.signing import Signer
 from edif_hpc.relay import http
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.core import Core
+from edif_hpc.relay.launcher_api import LauncherApi
 from edif_hpc.relay.sessions import Session, Sessions, Update
 from edif_hpc.settings import RelaySettings
 from edif_hpc.slurm.order import WorkerExit
@@ -75,6 +76,7 @@ class Relay:
     router: Router = field(init=False)
     writer: Writer = field(init=False)
     objects: DirectoryStore = field(init=False)
+    accounts: Accounts = field(init=False)
     told: dict[str, list[Update]] = field(default_factory=dict)  #: what clients heard
     _clients: list[asyncio.Task[None]] = field(default_factory=list)
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
@@ -108,12 +110,17 @@ class Relay:
         )
         self.writer.start()
         self.core.restore()
+        self.accounts = Accounts(read=self.disk.tokens, writer=self.writer, clock=clock)
+        self.accounts.restore()
         deps = http.Deps(
             settings=settings,
             clock=clock,
             broker=self.core.broker,
             fleet=self.core.fleet,
-            accounts=Accounts(read=self.disk.tokens, writer=self.writer, clock=clock),
+            accounts=self.accounts,
+            launching=LauncherApi(
+                orders=self.core.orders, slots=self.core.slots, accounts=self.accounts
+            ),
             sessions=Sessions(),
             blobs=blobs,
             objects=self.objects,
@@ -130,6 +137,7 @@ class Relay:
         self._tasks = [
             asyncio.create_task(self._server.run_until_stopped()),
             asyncio.create_task(self.core.scheduler.run()),
+            asyncio.create_task(self.core.slots.run()),
         ]
         await self._server.ready.wait()
         self.bind, self.port = self.router.endpoint, self._server.port
@@ -143,9 +151,10 @@ class Relay:
         self.told.clear()
         if self._server is not None:
             self._server.stop()
-        http_task, scheduler = self._tasks
-        scheduler.cancel()
-        await asyncio.gather(http_task, scheduler, return_exceptions=True)
+        _, *timers = self._tasks
+        for each in timers:
+            each.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self.router.stop_reading()
         await self.core.board.settle()
         await self.writer.stop()

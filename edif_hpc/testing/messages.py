@@ -10,11 +10,20 @@ HELD = m.Held(request="r" * 32, attempt=3, started=True)
 LEASE: dict[str, Any] = {"request": "r" * 32, "attempt": 3}
 
 FROM_PEER: list[m.FromPeer] = [
-    m.Hello(versions=[1, 2], nonce="n1", held=[HELD], state="warm", facts={"gpu": ["a", 1, 2.5]}),
+    m.Hello(
+        versions=[1, 2],
+        nonce="n1",
+        held=[HELD],
+        state="warm",
+        facts={"gpu": ["a", 1, 2.5]},
+        left_s=60.0,
+        job="77",
+        restart=1,
+    ),
     m.State(state="loading", detail="weights", progress=0.5, facts={"a": {"b": None}}),
     m.Pull(window=2, executors=1),
     m.Started(**LEASE),
-    m.Renew(held=[HELD]),
+    m.Renew(held=[HELD], left_s=59.5),
     m.Log(**LEASE, text="line\nübel\n"),
     m.Need(**LEASE, first=1, count=64),
     m.Done(**LEASE, size=4, inline=b"\x00\xff\x80a", meta={"runtime": 0.25}),
@@ -22,6 +31,9 @@ FROM_PEER: list[m.FromPeer] = [
     m.Done(**LEASE, error="user", message="ZeroDivisionError"),
     m.Return(**LEASE, reason="oom", evidence={"cause": "killed"}),
     m.Report(event="worker_exited", detail="exit code 5", nonce="n1"),
+    m.Revive(may_submit=False),
+    m.Ordered(allocation="a" * 16, job_id="77_1"),
+    m.Ordered(allocation="a" * 16, refusal="quota", detail="QOSMaxSubmitJobPerUserLimit"),
     m.Goodbye(cause="drained"),
 ]
 FROM_RELAY: list[m.FromRelay] = [
@@ -54,6 +66,21 @@ FROM_RELAY: list[m.FromRelay] = [
     m.Cancel(**LEASE, reason="cancelled"),
     m.Steal(**LEASE),
     m.Drain(reason="ordered"),
+    m.Order(
+        allocation="a" * 16,
+        name="edif-tiny-0-2-aaaaaaaa",
+        join_token="once",  # noqa: S106 - an example
+        deployment="tiny",
+        slot=1,
+        generation=2,
+        gpu="a6000",
+        gpus=2,
+        walltime_min=60,
+        exclude=["n1"],
+        begin_after_s=90.0,
+        isolation_floor="process",
+        reason="",
+    ),
     m.Beat(),
 ]
 ALL: list[m.Message] = [*FROM_PEER, *FROM_RELAY]

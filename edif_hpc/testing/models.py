@@ -5,9 +5,9 @@ network. So each builder here makes one from a configuration and a fixed seed: t
 the same weights on every machine with the same torch. The weights are random, the output is noise,
 and that is enough: what the tests compare is our execution against a plain local one.
 
-The tokenizer is a byte-level BPE trained on sources of the standard library: any text round-trips,
-and its single special token serves as begin, end and padding, within the vocabulary, so that
-transformers finds nothing to warn about.
+The tokenizer is a byte-level BPE trained on sources of the standard library, or on words of the
+caller's, each of which is then one token: any text round-trips, and its single special token serves
+as begin, end and padding, within the vocabulary, so that transformers finds nothing to warn about.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ SEED = 20240229
 VOCABULARY = 1024
 POSITIONS = 512
 END_TOKEN = "<|end|>"  # noqa: S105 - a word of the vocabulary
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
 def build_tiny_gpt2(path: Path) -> Path:
@@ -64,6 +66,76 @@ def build_tiny_llama(path: Path) -> Path:
     return _write(path, config)
 
 
+def build_slim_gpt2(path: Path, *, words: Sequence[str]) -> Path:
+    """Write a GPT-2 with the small one's 12 layers, 12 heads and 768 columns, but thin blocks (30 M)."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        n_inner=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config, words)
+
+
+def build_chat_llama(path: Path, *, words: Sequence[str]) -> Path:
+    """Write a 12-layer, 64-wide Llama whose tokenizer knows how to lay out a chat."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config, words, chat_template=CHAT)
+
+
+def build_tiny_bert(path: Path, *, words: Sequence[str]) -> Path:
+    """Write a 2-layer, 64-wide BERT encoder, without a head."""
+    from transformers import BertConfig
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+    )
+    return _write(path, config, words)
+
+
+def build_tiny_experts(path: Path, *, words: Sequence[str]) -> Path:
+    """Write a 2-layer, 64-wide Mixtral: a mixture of 4 experts."""
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config, words)
+
+
 def gpt2_small_shape(path: Path) -> Path:
     """Write a model of GPT-2 small's shape (124 M parameters, 500 MB) to `path`, for benches."""
     from transformers import GPT2Config
@@ -72,20 +144,25 @@ def gpt2_small_shape(path: Path) -> Path:
     return _write(path, config)
 
 
-def _write(path: Path, config: PretrainedConfig) -> Path:
+def _write(
+    path: Path, config: PretrainedConfig, words: Sequence[str] = (), *, chat_template: str = ""
+) -> Path:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     path.mkdir(parents=True, exist_ok=True)
+    kind = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = kind.from_config(config)
     model.save_pretrained(path)
-    _tokenizer().save_pretrained(path)
+    tokenizer = _tokenizer(words)
+    tokenizer.chat_template = chat_template or None
+    tokenizer.save_pretrained(path)
     return path
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +175,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([inspect.getsource(module) for module in (json, textwrap)], trainer)
+    corpus = words or [inspect.getsource(module) for module in (json, textwrap)]
+    bpe.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         model_max_length=POSITIONS,

@@ -2,7 +2,7 @@
 
     with Proxy(port) as proxy:
         ... proxy.url instead of the server's ...
-        proxy.upload_bytes_per_s = 100_000     # a thin line
+        proxy.upload_bytes_per_s = 100_000     # a thin line; or download_bytes_per_s
         proxy.cut()                            # all connections are reset
         proxy.cut_after(50 << 20)              # the next download breaks after so many bytes
         proxy.cut_uploads(3 << 20, times=4)    # the next four uploads break after so many bytes
@@ -42,6 +42,7 @@ class Proxy:
         self._flows.set()
         self._lock = threading.Lock()
         self.upload_bytes_per_s: float | None = None
+        self.download_bytes_per_s: float | None = None
         self.connections = 0
         self.uploaded = 0
         self.downloaded = 0
@@ -137,6 +138,8 @@ class Proxy:
             if not _write(client, data):
                 break
             self.downloaded += len(data)
+            if self.download_bytes_per_s is not None:
+                self._closing.wait(len(data) / self.download_bytes_per_s)
             if self._spent(len(data)):
                 self.cut()
         _shut(client)

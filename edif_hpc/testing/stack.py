@@ -32,10 +32,11 @@ import httpx
 from edif_hpc.domain.deployment import DEFAULT_TASK, Deployment
 from edif_hpc.relay.app import init_data_dir
 from edif_hpc.settings import RelaySettings
-from edif_hpc.slurm.order import EngineFacts, PilotOrder, write_order
+from edif_hpc.slurm.order import ContainerOrder, EngineFacts, PilotOrder, write_order
 from edif_hpc.slurm.submit import LocalSubmitter, Submission
 from edif_hpc.testing.hub import serve_hub
 from edif_hpc.testing.operator import Operator, Unexpected
+from edif_hpc.testing.pilots import give, start_pilot
 from edif_hpc.testing.processes import Process, processes_of
 from edif_hpc.testing.raw_client import RawClient
 from edif_hpc.testing.wait import wait_until
@@ -84,6 +85,8 @@ class Stack:
     models: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     engine: EngineFacts = field(default_factory=EngineFacts)
+    container: ContainerOrder | None = None  #: what workers run in
+    user: str | None = None  #: whom pilots run as, if we are root
     moved_clock: bool = False  #: let `clock_file` move the relay's wall clock
     relay: subprocess.Popen[bytes] | None = None
     url: str = ""
@@ -103,6 +106,10 @@ class Stack:
         self.url = f"http://127.0.0.1:{self._ports[0]}"
         if self.models:
             self.hub = self._exit.enter_context(serve_hub(self.models))
+        if self.user is not None:
+            self.root.chmod(0o711)
+            (self.root / "cache").mkdir()
+            give(self.root / "cache", self.user)
         self.clock_file.write_text("0")
         self._operator_token = init_data_dir(
             RelaySettings(data_dir=self.data_dir), operator_name="op"
@@ -301,13 +308,15 @@ class Stack:
         folder = self.root / f"{made['name']}-{self._submitted}"
         self._submitted += 1
         folder.mkdir(mode=0o700)
+        noop: dict[str, Any] = {"worker_module": _NOOP} if engine == "noop" else {}
         order = PilotOrder(
             name=made["name"],
             relay_url=self.url,
             join_token=made["join_token"],
             scratch=str(folder / "scratch"),
             engine=EngineFacts(**facts),
-            **({"worker_module": _NOOP} if engine == "noop" else {}),
+            container=self.container,
+            **noop,
         )
         write_order(folder / "order", order)
         allocation = Allocation(id=made["allocation"]["id"], name=made["name"], folder=folder)
@@ -318,23 +327,11 @@ class Stack:
                 )
             )
         else:
-            allocation.pilot = self._pilot(folder)
+            allocation.pilot = start_pilot(folder, child_environ(), self.user)
             job_id = str(allocation.pilot.pid)
         self.allocations.append(allocation)
         self.operator.post(f"/allocations/{allocation.id}/submitted", {"job_id": job_id})
         return allocation
-
-    def _pilot(self, folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-u", "-m", "edif_hpc.pilot.app", str(folder / "order")]
-        with (folder / "pilot.log").open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=child_environ(),
-                start_new_session=True,
-            )
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ checks types and lengths on the way in. A lease is always named by `(request, at
 
 Who speaks:
 
-    peer → relay   Hello, State, Pull, Started, Renew, Log, Need, Done, Return, Report, Goodbye
-    relay → peer   Welcome, Refused, Grant, Parts, Ack, Reupload, Abandon, Cancel, Steal, Drain, Beat
+    peer → relay   Hello, State, Pull, Started, Renew, Log, Need, Done, Return, Report, Revive, Ordered, Goodbye
+    relay → peer   Welcome, Refused, Grant, Parts, Ack, Reupload, Abandon, Cancel, Steal, Drain, Order, Beat
 
 Delivery is at most once, so everything that must not be lost is either repeated until it is acknowledged (`Done`
 until `Ack`), re-presented after a reconnect (`Hello.held`), or absolute instead of a difference (`Pull.window`).
@@ -33,11 +33,13 @@ MAX_HELD = 1024  #: more than a window: a lease stays held until its `Done` is a
 
 
 class Held(Struct, frozen=True, kw_only=True, array_like=True):
-    """A lease that a peer says it holds."""
+    """A lease that a peer says it holds. Of one that has run and whose result goes up, how much of it is there."""
 
     request: Id
     attempt: Attempt
     started: bool = False
+    sent: Size = 0
+    size: Size = 0
 
 
 HeldList = Annotated[list[Held], Meta(max_length=MAX_HELD)]
@@ -51,21 +53,33 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="t", omit_defaults=Tr
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """The first message on each connection. `nonce` is new at each boot of the process."""
+    """The first message on each connection. `nonce` is new at each boot of the process.
+
+    A pilot adds the scheduler's id of its job, how often that was started again, and how much of its walltime is left by
+    the node's own clock.
+    """
 
     versions: Annotated[list[int], Meta(min_length=1, max_length=8)]
     nonce: Id
     held: HeldList = []
     state: Word = "loading"
     facts: dict[str, Any] = {}
+    left_s: Seconds | None = None
+    job: Word | None = None
+    restart: Window = 0
 
 
 class State(Message, frozen=True, tag="state"):
-    """Where the peer is: loading, warm, draining. `facts` replaces the environment told before, if not empty."""
+    """Where the peer is: loading, warm, draining. `facts` replaces the environment told before, if not empty.
+
+    While it loads, `detail` is the stage, with `done` of `total` bytes where they are known.
+    """
 
     state: Word
     detail: Word = ""
     progress: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    done: Size = 0
+    total: Size = 0
     facts: dict[str, Any] = {}
 
 
@@ -84,9 +98,10 @@ class Started(Message, frozen=True, tag="started"):
 
 
 class Renew(Message, frozen=True, tag="renew"):
-    """The heartbeat: all leases held. Empty is a heartbeat too."""
+    """The heartbeat: all leases held. Empty is a heartbeat too. A pilot's says how much of its walltime is left."""
 
     held: HeldList = []
+    left_s: Seconds | None = None
 
 
 class Log(Message, frozen=True, tag="log"):
@@ -148,6 +163,25 @@ class Report(Message, frozen=True, tag="report"):
     event: Word
     detail: Text = ""
     nonce: Annotated[str, Meta(max_length=64)] = ""  #: which of its processes: that of its `Hello`
+
+
+class Revive(Message, frozen=True, tag="revive"):
+    """A pilot asks for the ticket of its successor; without `may_submit` it only asks whether there is one."""
+
+    may_submit: bool = True
+
+
+class Ordered(Message, frozen=True, tag="ordered"):
+    """What became of an `Order`: the id of the job, or why the scheduler refused it. Repeated until it is answered."""
+
+    allocation: Id
+    job_id: Word | None = None
+    refusal: Word | None = None  #: "retry", "config" or "quota"
+    detail: Text = ""
+
+    def __post_init__(self) -> None:
+        if (self.job_id is None) == (self.refusal is None):
+            raise ValueError("an Ordered has a job_id or a refusal, one of them")
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
@@ -251,11 +285,57 @@ class Drain(Message, frozen=True, tag="drain"):
     reason: Word
 
 
+class Order(Message, frozen=True, tag="order"):
+    """The ticket of a successor: submit this allocation. Without an allocation there is nothing to submit, for `reason`.
+
+    The same, empty, answers an `Ordered`: it was heard.
+    """
+
+    allocation: Id | None = None
+    name: Word = ""
+    join_token: Word = ""
+    deployment: Word = ""
+    slot: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    generation: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    gpu: Word | None = None
+    gpus: Window = 0
+    walltime_min: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    exclude: Annotated[list[Word], Meta(max_length=1000)] = []
+    begin_after_s: Seconds = 0.0
+    isolation_floor: Word = ""
+    reason: Text = ""
+
+
 class Beat(Message, frozen=True, tag="beat"):
     """The relay's answer to `Renew`."""
 
 
-FromPeer = Hello | State | Pull | Started | Renew | Log | Need | Done | Return | Report | Goodbye
+FromPeer = (
+    Hello
+    | State
+    | Pull
+    | Started
+    | Renew
+    | Log
+    | Need
+    | Done
+    | Return
+    | Report
+    | Revive
+    | Ordered
+    | Goodbye
+)
 FromRelay = (
-    Welcome | Refused | Grant | Parts | Ack | Reupload | Abandon | Cancel | Steal | Drain | Beat
+    Welcome
+    | Refused
+    | Grant
+    | Parts
+    | Ack
+    | Reupload
+    | Abandon
+    | Cancel
+    | Steal
+    | Drain
+    | Order
+    | Beat
 )

@@ -58,6 +58,8 @@ class _Lease:
     done: m.Done | None = None
     done_at: float = 0.0
     killing: bool = False
+    sent: int = 0
+    size: int = 0
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,7 @@ class WorkerSession:
     _heard_at: float = 0.0
     _sent_at: float = 0.0
     _drain: str | None = None
+    _told: m.State | None = None
     _on: Mapping[type[m.Message], Callable[[Any], list[Action]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class WorkerSession:
             m.Cancel: self._cancel,
             m.Steal: self._steal,
             m.Drain: lambda order: self.drain(order.reason),
+            m.Order: lambda _: [],  # a pilot's affair
             m.Beat: lambda _: [],
         }
 
@@ -108,13 +112,23 @@ class WorkerSession:
         detail: str = "",
         progress: float | None = None,
         facts: dict[str, Any] | None = None,
+        done: int = 0,
+        total: int = 0,
     ) -> list[Action]:
-        """The worker's own state changed; a warm worker says how much it takes."""
+        """The worker's own state changed, or how far its load is; a warm worker says how much it takes."""
         if self._drain is not None:
             return []  # it stays "draining", whatever becomes of its model
         self.state = state
         self.facts = facts if facts is not None else self.facts
-        return self._tell_state(detail, progress, facts or {}) if self._talking else []
+        told = m.State(
+            state=state,
+            detail=detail[:_WORD],
+            progress=progress,
+            done=done,
+            total=total,
+            facts=facts or {},
+        )
+        return self._tell_state(told)
 
     def warm(self, *, executors: int, facts: dict[str, Any]) -> list[Action]:
         """The model is loaded: serve, with one lease more than executors, so that none idles for a round trip."""
@@ -129,6 +143,12 @@ class WorkerSession:
             return []
         lease.started = True
         return [Send(message=m.Started(request=request, attempt=attempt))] if self._talking else []
+
+    def uploading(self, request: str, attempt: int, *, sent: int, size: int) -> None:
+        """So much of a result is in the store; the next heartbeat says so."""
+        lease = self._mine(request, attempt)
+        if lease is not None:
+            lease.sent, lease.size = sent, size
 
     def finished(self, done: m.Done, now: float) -> list[Action]:
         """An attempt ended; its `Done` is kept until the relay answers."""
@@ -160,7 +180,7 @@ class WorkerSession:
         out: list[Action] = [Draining(reason=self._drain)]
         if self._talking:
             self.link = Link.DRAINING
-            out += self._tell_state(self._drain, None, {})
+            out += self._tell_state(m.State(state=self.state, detail=self._drain))
         for request, lease in list(self._leases.items()):
             if not lease.started and lease.done is None:
                 out += self._take_off(request, lease, "drained", LeaseEnd.DRAINED)
@@ -220,6 +240,8 @@ class WorkerSession:
                 out += self._forget(request, lease.grant.attempt, "abandoned")
             elif lease.done is not None:
                 out.append(Send(message=lease.done))
+        if self.state == "loading" and self._told is not None:
+            out.append(Send(message=self._told))  # a relay that was just started has not heard it
         out += self._pull()
         if message.drain:
             out += self.drain("ordered")
@@ -289,7 +311,13 @@ class WorkerSession:
 
     def _held(self) -> list[m.Held]:
         return [held for held, _ in self._owed] + [
-            m.Held(request=key, attempt=each.grant.attempt, started=each.started)
+            m.Held(
+                request=key,
+                attempt=each.grant.attempt,
+                started=each.started,
+                sent=each.sent,
+                size=each.size,
+            )
             for key, each in self._leases.items()
         ]
 
@@ -304,11 +332,9 @@ class WorkerSession:
         )
         return [Send(message=hello)]
 
-    def _tell_state(
-        self, detail: str, progress: float | None, facts: dict[str, Any]
-    ) -> list[Action]:
-        told = m.State(state=self.state, detail=detail[:_WORD], progress=progress, facts=facts)
-        return [Send(message=told), *self._pull()]
+    def _tell_state(self, told: m.State) -> list[Action]:
+        self._told = told
+        return [Send(message=told), *self._pull()] if self._talking else []
 
     def _pull(self) -> list[Action]:
         if self.state not in ("warm", "draining"):

@@ -31,13 +31,13 @@ _WORKER_SAYS = (
     m.Return,
     m.Goodbye,
 )
-_PILOT_SAYS = (m.Hello, m.State, m.Renew, m.Report, m.Goodbye)
+_HOST_SAYS = (m.Hello, m.State, m.Renew, m.Report, m.Goodbye)
 
 #: Which messages each role may send.
 MAY_SEND: Mapping[PeerRole, tuple[type[m.Message], ...]] = {
     PeerRole.WORKER: _WORKER_SAYS,
-    PeerRole.PILOT: _PILOT_SAYS,
-    PeerRole.LAUNCHER: _PILOT_SAYS,
+    PeerRole.PILOT: (*_HOST_SAYS, m.Revive, m.Ordered),
+    PeerRole.LAUNCHER: _HOST_SAYS,
 }
 
 

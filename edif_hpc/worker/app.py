@@ -1,4 +1,7 @@
-"""The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID NONCE`."""
+"""The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID NONCE`.
+
+PILOT_PID is 0 in a container, whose processes cannot see the pilot; there the pilot holds the other end of standard input.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edif_hpc.clock import SystemClock
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import EdifError
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.slurm.order import EngineFacts, WorkerExit, WorkerOrder, read_worker_order
@@ -36,6 +40,7 @@ def engine_spec(deployment: Mapping[str, Any], facts: EngineFacts, scratch: Path
         model_key=deployment["model_key"],
         source=source,
         revision=deployment["revision"],
+        adapters=tuple(Adapter(**each) for each in deployment["adapters"]),
         dtype=deployment["dtype"],
         device=deployment["device"],
         threads=facts.threads or len(os.sched_getaffinity(0)),
@@ -54,7 +59,9 @@ def real_engine(order: WorkerOrder) -> MakeEngine:
     return lambda deployment: Engine(engine_spec(deployment, order.engine, Path(order.scratch)))
 
 
-async def _serve(order: WorkerOrder, make_engine: MakeEngine, nonce: str) -> WorkerExit:
+async def _serve(
+    order: WorkerOrder, make_engine: MakeEngine, nonce: str, *, follow_input: bool
+) -> WorkerExit:
     scratch = Path(order.scratch)
     runtime = WorkerRuntime(
         make_engine=make_engine,
@@ -74,19 +81,29 @@ async def _serve(order: WorkerOrder, make_engine: MakeEngine, nonce: str) -> Wor
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         loop.add_signal_handler(number, runtime.drain, signal.Signals(number).name)
+    if follow_input:
+        loop.add_reader(sys.stdin.fileno(), _input_closed, runtime.drain)
     return await runtime.run(dealer)
+
+
+def _input_closed(drain: Callable[[str], None]) -> None:
+    """Nothing is ever written there, so what there is to read is its end: the pilot is gone."""
+    asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+    drain("the pilot is gone")
 
 
 def main(argv: list[str], engine: Callable[[WorkerOrder], MakeEngine] = real_engine) -> int:
     """Run one worker; the exit codes are `WorkerExit`. The pilot names itself and this process (`nonce`)."""
     path, pilot, nonce = argv[1:]
-    _follow(int(pilot))
+    if int(pilot):
+        _follow(int(pilot))
     order = read_worker_order(Path(path))
     set_up_logging(order.engine.log_level, process="worker")
     shutil.rmtree(order.scratch, ignore_errors=True)
-    Path(order.scratch).mkdir(parents=True, mode=0o700)
+    Path(order.scratch).mkdir(parents=True, exist_ok=True, mode=0o700)  # a mount stays
     try:
-        return int(asyncio.run(_serve(order, engine(order), nonce)))
+        serving = _serve(order, engine(order), nonce, follow_input=not int(pilot))
+        return int(asyncio.run(serving))
     except EdifError as error:
         sys.stderr.write(f"worker: {error}\n")
         return 1

@@ -65,6 +65,7 @@ class WorkerRuntime:
     _wire: Wire | None = None
     _engine: Engine | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
+    _going_up: dict[tuple[str, int], tuple[Uploading, int]] = field(default_factory=dict)
     _seats: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     _deployment: asyncio.Future[Mapping[str, Any]] = field(init=False)
     _exit: asyncio.Future[WorkerExit] = field(init=False)
@@ -161,7 +162,15 @@ class WorkerRuntime:
 
     def _progress(self, progress: Progress) -> None:
         share = min(1.0, progress.done / progress.total) if progress.total else None
-        self._do(self._session.changed("loading", detail=progress.stage, progress=share))
+        self._do(
+            self._session.changed(
+                "loading",
+                detail=progress.stage,
+                progress=share,
+                done=progress.done,
+                total=progress.total,
+            )
+        )
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +242,8 @@ class WorkerRuntime:
     async def _upload(
         self, grant: m.Grant, saved: Saved, source: Path, uploading: Uploading
     ) -> None:
+        key = (grant.request, grant.attempt)
+        self._going_up[key] = (uploading, saved.size)
         try:
             parts = await uploading.finish(source, saved.size)
         except StoreGivenUp as error:
@@ -244,6 +255,9 @@ class WorkerRuntime:
             self._finish(done_of(grant, failed, None))
         else:
             self._finish(done_of(grant, saved, parts))
+        finally:
+            self._session.uploading(*key, sent=uploading.sent, size=saved.size)
+            self._going_up.pop(key, None)
 
     def _upload_again(self, again: a.UploadAgain) -> None:
         grant, done = again.grant, again.done
@@ -341,6 +355,8 @@ class WorkerRuntime:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            for key, (uploading, size) in self._going_up.items():
+                self._session.uploading(*key, sent=uploading.sent, size=size)
             self._do(self._session.tick(self.clock.monotonic()))
 
     async def _close(self, wire: Wire) -> None:

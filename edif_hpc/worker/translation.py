@@ -73,6 +73,7 @@ def facts_of(info: EngineInfo) -> dict[str, Any]:
     versions = {name: info.packages[name] for name in _SHOWN_VERSIONS if name in info.packages}
     return {
         "commit": info.commit,
+        "adapters": dict(info.adapters),
         "dtype": info.dtype,
         "device": "cpu",
         "isolation": str(info.isolation.level),

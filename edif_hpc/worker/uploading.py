@@ -90,6 +90,11 @@ class Uploading:
             await self.stop()
         return [m.Part(number=number, etag=etag) for number, etag in sorted(self._etags.items())]
 
+    @property
+    def sent(self) -> int:
+        """Bytes of the file that the store has."""
+        return min(len(self._etags) * self._rules.part_bytes, self._final_bytes)
+
     async def stop(self) -> None:
         """Stop sending; what the store has of it is the relay's to throw away."""
         for each in self._carriers:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.allocation import Allocation, AllocationState, Peer, PeerRole
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.lease import CRASH_BUDGET, QUARANTINE_WORKERS, LeaseEnd
@@ -574,6 +575,7 @@ def test_tokens(store: Store, do: Any) -> None:
 def test_deployments(store: Store, do: Any) -> None:
     tiny = Deployment(name="tiny", repo_id="edif/tiny", revision=None, task="text-generation")
     big = replace(tiny, name="big", revision="v2", source="/models", trust_remote_code=True)
+    big = replace(big, adapters=(Adapter(repo_id="a/b"), Adapter(repo_id="a/c", revision="v1")))
     do.add_deployment(tiny)
     do.add_deployment(big)
     assert store.deployments() == [big, tiny]
@@ -626,6 +628,7 @@ def test_an_allocation_is_moved_and_told_of(store: Store, do: Any) -> None:
             job_id="77",
             node="n1",
             detail="weights",
+            started_at=110.0,
             warm_at=112.0,
             ended_at=116.0,
             cause="walltime",

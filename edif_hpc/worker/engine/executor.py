@@ -2,9 +2,10 @@
 
 It begins as a copy of the zygote. Before it says `Ready` it locks itself up (`jail`) and only then
 starts threads and computes: if there is time, it rehearses the self-test, so that what a first forward
-sets up is not part of a request. Then it waits. When the request comes it takes a new random seed from the system, because all copies of the zygote would
-otherwise draw the same numbers; runs it; writes the result; says `Done` or `Broken`; and ends without
-running anything that the request may have left to be run at exit.
+sets up is not part of a request. Then it waits. When the request comes it sets all random generators by
+the seed that comes along, because all copies of the zygote would otherwise draw the same numbers; runs
+it; writes the result; says `Done` or `Broken`; and ends without running anything that the request may
+have left to be run at exit.
 
 The worker believes nothing that comes from here beyond its form: everything after the request has
 begun may be the researcher's doing.
@@ -18,7 +19,7 @@ import random
 import resource
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,11 +57,22 @@ class House:
     """What the zygote prepared and every executor inherits."""
 
     model: Any
+    #: The folder of each adapter that a request may have attached.
+    adapters: Mapping[str, str]
     jail: Jail
     threads: int
     scratch: Path
     selftest: bytes
     consoles: tuple[Console, Console]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a request has no result."""
+
+    kind: FailureKind
+    message: str
+    lacked_gradients: bool = False
 
 
 def folder_of(scratch: Path, executor: int) -> Path:
@@ -104,6 +116,8 @@ def rehearse(house: House, result_fd: int) -> None:
         compress=True,
         env={},
         model_key="",
+        seed=0,
+        gradients=False,
         memory_bytes=0,
         result_bytes=INLINE_BYTES,
         log_bytes=0,
@@ -131,12 +145,13 @@ def _answer(
 ) -> Done | Broken:
     """Run a request to its end; LOG lines and the progress of the result go out by `send`."""
     meta: dict[str, Plain] = {
-        "seed": _reseed(),
+        "seed": run.seed,
         "model_key": run.model_key,
         "isolation": str(house.jail.layers.level),
         "threads": house.threads,
         "max_mem_by_gpu": {},
     }
+    _reseed(run.seed)
     allowance = Allowance(
         lambda text: send(Log(text=text)), max_bytes=run.log_bytes, max_lines=run.log_lines
     )
@@ -154,27 +169,38 @@ def _answer(
     meta["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if failure is None:
         return Done(inline=store.inline, size=store.size, meta=meta)
-    return Broken(kind=str(failure[0]), message=failure[1], meta=meta)
+    return Broken(
+        kind=str(failure.kind),
+        message=failure.message,
+        lacked_gradients=failure.lacked_gradients,
+        meta=meta,
+    )
 
 
 def _attempt(
     house: House, run: Run, fds: Sequence[int], store: saves.Store, meta: dict[str, Plain]
-) -> tuple[FailureKind, str] | None:
+) -> Failure | None:
     """Run the request and write its result; return why it failed, if it did."""
+    gradients = run.gradients
     try:
         blob = run.blob if run.blob is not None else _read(fds[0])
         payload = fidelity.unpack(blob, compress=run.compress)
-        fidelity.apply_env(house.model, run.env)
-        meta["attn_implementation"] = house.model.attn_implementation
-        meta["gradients"] = fidelity.wants_gradients(payload)
-        saves.write(fidelity.execute(house.model, payload), store, compress=run.compress)
+        meta |= fidelity.apply_env(house.model, run.env, house.adapters)
+        tracer = fidelity.restore(house.model, payload)
+        gradients = meta["gradients"] = gradients or fidelity.wants_gradients(payload, tracer)
+        saved = fidelity.execute(tracer, gradients=gradients)
+        saves.write(saved, store, compress=run.compress)
     except TooLarge as error:
-        return FailureKind.LIMIT, str(error)
+        return Failure(kind=FailureKind.LIMIT, message=str(error))
     except (NotPermitted, EdifError) as error:
-        return FailureKind.USER, str(error)
+        return Failure(kind=FailureKind.USER, message=str(error))
     except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever the block raises is told
         _release_reserve()
-        return fidelity.judge(error), fidelity.explain(error)
+        return Failure(
+            kind=fidelity.judge(error),
+            message=fidelity.explain(error),
+            lacked_gradients=not gradients and fidelity.lacked_gradients(error),
+        )
     return None
 
 
@@ -183,16 +209,14 @@ def _read(fd: int) -> bytes:
         return file.read()
 
 
-def _reseed() -> int:
-    """Draw a seed from the system and set all generators by it."""
-    seed = int.from_bytes(os.urandom(4), "big")
+def _reseed(seed: int) -> None:
+    """Set all random generators by `seed`."""
     random.seed(seed)
     np.random.seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.manual_seed(seed)
     else:  # the rest of `manual_seed` notes down, at some cost, what to do once there is a GPU
         torch.default_generator.manual_seed(seed)
-    return seed
 
 
 def _limit(run: Run) -> None:

@@ -8,9 +8,14 @@ Bits are equal for equal numbers of compute threads, which `meta` therefore tell
 
 * **Attention** is set as the client resolved it, if it is one that ships with transformers: any other
   name would make transformers fetch code from a hub.
+* **Adapters** are attached by nnsight itself, from the folder that was fetched; only listed ones are.
 * **Gradients** are tracked, as they are locally, when anything in the request speaks of them; otherwise
-  `no_grad` saves the memory of a graph that nobody walks. Never `inference_mode`, which forbids more,
-  and never autocast, which changes numbers.
+  `no_grad` saves the memory of a graph that nobody walks. A request that fails for want of them is told
+  apart, so that it can run again with them (`rerun`). Never `inference_mode`, which forbids more, and
+  never autocast, which changes numbers.
+* **Operations** inside a forward (`.source`) can be read once the forward is instrumented. Locally a
+  researcher does that by touching `.source` before the trace, which the request does not tell: so when
+  it speaks of `.source`, every forward is.
 * **Errors** point at the researcher's line, with its source; frames of nnsight and ours are left out.
 """
 
@@ -19,6 +24,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,24 +33,32 @@ import nnsight
 import nnsight.tracing.tracer as scopes
 import torch
 import zstandard
+from nnsight.intervention.serialization import UnknownPersistentIdError
+from nnsight.intervention.source import SourceNotAvailable, install_source
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.util import filter_traceback
 
+from edif_hpc.domain.deployment import ALLOWED_ATTENTION
 from edif_hpc.errors import InvalidInput, NotPermitted
 from edif_hpc.worker.engine import saves
-from edif_hpc.worker.engine.values import FailureKind
+from edif_hpc.worker.engine.values import FailureKind, Plain
 
-#: Implementations that are part of transformers itself.
-ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
 MESSAGE_CHARACTERS = 16 * 1024
 
-_GRADIENTS = re.compile(rb"grad|backward")
+#: Words of gradients; not the attributes that every `torch.nn.Module` has and is pickled with.
+_GRADIENTS = re.compile(rb"grad|(?<!_is_full_)backward(?!_hooks|_pre_hooks)")
+#: What torch and nnsight say when asked to go back through a graph that was not kept.
+_LACKED = re.compile(r"(?:not|n't) require grad|can't retain_grad")
 _OURS = (str(Path(nnsight.__file__).parent), str(Path(__file__).parent), "<frozen runpy>")
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
-def apply_env(model: Any, env: Mapping[str, Any]) -> None:
-    """Put the client's per-request settings in force.
+def apply_env(model: Any, env: Mapping[str, Any], adapters: Mapping[str, str]) -> dict[str, Plain]:
+    """Put the client's per-request settings in force; return what the result tells of them.
+
+    `adapters` are those served, with the folder of each. It is nnsight that attaches one, as it does
+    locally. That draws random numbers, for weights which the adapter's own then replace: the request
+    must not see its generator moved.
 
     Raises:
         NotPermitted: a setting, or its value, is not on the list.
@@ -52,14 +66,27 @@ def apply_env(model: Any, env: Mapping[str, Any]) -> None:
     unknown = set(env) - {"attn_implementation", "peft"}
     if unknown:
         raise NotPermitted(f"this server does not know the request settings {sorted(unknown)}")
-    if env.get("peft") is not None:
-        raise NotPermitted(f"the PEFT adapter {env['peft']!r} is not served by this deployment")
-    wanted = env.get("attn_implementation")
-    if wanted is not None and wanted != model.attn_implementation and wanted not in ATTENTION:
+    adapter = env.get("peft")
+    if adapter is not None and adapter not in [*adapters]:
         raise NotPermitted(
-            f"attention implementation {wanted!r} is not served; choose of {sorted(ATTENTION)}"
+            f"the PEFT adapter {adapter!r} is not served; choose of {sorted(adapters)}"
         )
-    model._remoteable_set_env(dict(env))  # noqa: SLF001 - nnsight's server API
+    wanted = env.get("attn_implementation")
+    own = wanted is None or wanted == model.attn_implementation
+    if not own and wanted not in ALLOWED_ATTENTION:
+        raise NotPermitted(
+            f"attention implementation {wanted!r} is not served; choose of {sorted(ALLOWED_ATTENTION)}"
+        )
+    if adapter is None:
+        model._remoteable_set_env(dict(env))  # noqa: SLF001 - nnsight's server API
+        return {"attn_implementation": model.attn_implementation}
+    with torch.random.fork_rng(devices=[]):  # the replaced weights are drawn on the CPU
+        model._remoteable_set_env({**env, "peft": adapters[adapter]})  # noqa: SLF001 - see above
+    commit = Path(adapters[adapter]).name
+    return {
+        "attn_implementation": model.attn_implementation,
+        "adapter": {"repo_id": adapter, "commit": commit},
+    }
 
 
 def unpack(blob: bytes, *, compress: bool) -> bytes:
@@ -73,22 +100,59 @@ def unpack(blob: bytes, *, compress: bool) -> bytes:
         ) from error
 
 
-def wants_gradients(payload: bytes) -> bool:
+def restore(model: Any, payload: bytes) -> Any:
+    """Return the client's tracer, bound to the modules of `model`.
+
+    Raises:
+        InvalidInput: the request refers to a module that this model does not have.
+    """
+    if b".source" in payload:
+        _instrument(model)
+    persistent = model._remoteable_persistent_objects()  # noqa: SLF001 - nnsight's server API
+    try:
+        return RequestModel.deserialize(payload, persistent, compress=False)
+    except UnknownPersistentIdError as error:
+        raise InvalidInput(
+            f"the request refers to {error}, which the model served here does not have. nnsight sends a "
+            "module that was attached to the model by its name alone: keep it in a variable instead, "
+            "which is sent as it is, and call that in the block"
+        ) from error
+
+
+def _instrument(model: Any) -> None:
+    for envoy in model.modules():
+        with suppress(SourceNotAvailable):  # asking for this one's source then says so
+            install_source(envoy)
+
+
+def wants_gradients(payload: bytes, tracer: Any) -> bool:
     """Whether anything that the request carries as source speaks of gradients.
 
     Blocks and functions travel as source inside the payload, also those of the researcher's own
-    modules, so looking at the bytes sees them all. Finding too much only costs memory.
+    modules, so looking at the bytes sees them all. Finding too much only costs memory; but the name of
+    the researcher's folder or script (`/home/grad7/`) says nothing of the request.
     """
+    script: str = tracer.info.frame.f_code.co_filename
+    folder = script.rpartition("/")[0] + "/"
+    for name in (script.encode(), folder.encode()):
+        if name.startswith(b"/") and _GRADIENTS.search(name):
+            payload = payload.replace(name, b"")
     return _GRADIENTS.search(payload) is not None
 
 
-def execute(model: Any, payload: bytes) -> dict[str, Any]:
+def lacked_gradients(error: BaseException) -> bool:
+    """Whether an exception in the request, or one that led to it, is for want of gradients."""
+    return any(
+        isinstance(one, RuntimeError) and _LACKED.search(str(one)) is not None
+        for one in _chain(error)
+    )
+
+
+def execute(tracer: Any, *, gradients: bool) -> dict[str, Any]:
     """Run the request; return what the client is to get, by name."""
-    persistent = model._remoteable_persistent_objects()  # noqa: SLF001 - nnsight's server API
-    tracer = RequestModel.deserialize(payload, persistent, compress=False)
     scopes.inc()
     try:
-        with torch.set_grad_enabled(wants_gradients(payload)):
+        with torch.set_grad_enabled(gradients):
             tracer.execute(tracer.info.code)
         return saves.collect(tracer.info.frame.f_locals, scopes._saves())  # noqa: SLF001
     finally:

@@ -2,8 +2,8 @@
 
 The zygote is a program of its own, not a fork: it gets an environment written out here, one descriptor,
 and nothing else of the worker, which holds keys. What it writes to its standard error is kept in part,
-because that is where the reason lies when it cannot even speak the protocol. A model that lies at a hub
-is fetched first, by another program that alone has the network and the hub's token.
+because that is where the reason lies when it cannot even speak the protocol. What lies at a hub, model
+and adapters, is fetched first, by another program that alone has the network and the hub's token.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ async def fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
         "HF_TOKEN": spec.hub_token,
     }
     environment = _environment(spec) | {k: v for k, v in optional.items() if v}
-    arguments = [spec.source] if spec.revision is None else [spec.source, spec.revision]
+    arguments = [spec.source, spec.revision or "", *map(str, spec.adapters)]
     program = await Program.start("fetch", arguments, environment, spec.scratch)
     try:
         return await program.expect(Fetched, on_progress)
@@ -141,6 +141,7 @@ async def launched(spec: EngineSpec, source: Fetched) -> Program:
         model_key=spec.model_key,
         folder=source.folder,
         commit=source.commit,
+        adapters=source.adapters,
         dtype=spec.dtype,
         device=spec.device,
         threads=spec.threads,

@@ -8,6 +8,7 @@ had to be fetched was fetched before.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -33,6 +34,23 @@ def be_one_thread() -> None:
     tqdm.monitor_interval = 0
 
 
+def import_peft(load: Load) -> None:
+    """Import what attaches adapters, if there are any: executors would each take seconds for it.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    if not load.adapters:
+        return
+    try:
+        importlib.import_module("peft.functional")
+    except ImportError as error:
+        raise SettingsError(
+            f"this deployment lists adapters ({', '.join(load.adapters)}), and peft, which attaches them, cannot be "
+            f"imported on the worker ({error}); there, run: pip install peft"
+        ) from error
+
+
 def load_model(load: Load) -> Any:
     """Return the nnsight wrapper with its weights.
 
@@ -51,9 +69,10 @@ def load_model(load: Load) -> Any:
 
 
 def readable(load: Load) -> set[Path]:
-    """Return where the model's files really are: a hub's snapshot is a folder of links."""
-    folder = Path(load.folder)
-    return {folder.resolve()} | {file.resolve().parent for file in folder.iterdir()}
+    """Return where the files really are: a hub's snapshot is a folder of links."""
+    folders = [Path(each) for each in (load.folder, *load.adapters.values())]
+    links = {file.resolve().parent for folder in folders for file in folder.iterdir()}
+    return {folder.resolve() for folder in folders} | links
 
 
 def describe(model: Any, load: Load) -> dict[str, Any]:
@@ -62,6 +81,7 @@ def describe(model: Any, load: Load) -> dict[str, Any]:
     packages = get_local_env()["packages"]
     return {
         "commit": load.commit,
+        "adapters": {name: Path(folder).name for name, folder in load.adapters.items()},
         "dtype": str(next(model._module.parameters()).dtype).removeprefix("torch."),  # noqa: SLF001
         "model_class": type(model._module).__name__,  # noqa: SLF001
         "task": model.task,

@@ -22,6 +22,7 @@ class Load:
     model_key: str
     folder: str
     commit: str | None
+    adapters: dict[str, str]
     dtype: str
     device: str
     threads: int
@@ -57,10 +58,15 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Fetch to worker, once: the files are here, and of which commit they are."""
+    """Fetch to worker, once: the files are here, and of which commit they are.
+
+    `adapters` has a folder for each adapter, by its name; like any folder of a hub's cache it is
+    called by its commit.
+    """
 
     folder: str
     commit: str | None
+    adapters: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,10 @@ class Run:
     compress: bool
     env: dict[str, Plain]
     model_key: str
+    #: What all random generators begin from.
+    seed: int
+    #: Track gradients even if the request does not speak of them.
+    gradients: bool
     memory_bytes: int
     result_bytes: int
     log_bytes: int
@@ -142,6 +152,8 @@ class Broken:
 
     kind: str
     message: str
+    #: It failed because no gradients were tracked.
+    lacked_gradients: bool
     meta: dict[str, Plain]
 
 

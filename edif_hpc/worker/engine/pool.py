@@ -5,7 +5,7 @@ once. Its replacement is ordered when the job has ended, if another one is ready
 not compete with the job; and at once if none is. An executor rehearses before it is ready only when there
 is time for it: not when jobs run and none is left to take, because then one waits for it, or will.
 
-A job ends in one of these ways: the executor says so; it dies (then the evidence decides between a crash
+A job that failed for want of gradients has a second run, in another executor (`rerun`). A job ends in one of these ways: the executor says so; it dies (then the evidence decides between a crash
 and memory that ran out); its time is over; or the caller cancels the task, and then `run` returns only
 when the process is reaped. When the zygote dies, all executors die with it, every job ends with the kind
 `engine`, and `Engine.died` is set: the worker starts a new engine.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -26,6 +27,7 @@ from edif_hpc.worker.engine import evidence
 from edif_hpc.worker.engine.launch import Program, described, emptied, fetched, launched
 from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Loaded, Message, Refused
 from edif_hpc.worker.engine.protocol import PeerClosed
+from edif_hpc.worker.engine.rerun import Lacked, Said, Turn
 from edif_hpc.worker.engine.seat import Seat
 from edif_hpc.worker.engine.values import (
     EngineInfo,
@@ -122,7 +124,7 @@ class Engine:
         on_log: Callable[[str], None] = quiet,
         on_written: Callable[[Path, int], None] = quiet,
     ) -> Outcome:
-        """Run one job in an executor of its own and return how it ended.
+        """Run one job, in executors of its own, and return how it ended.
 
         `on_log` gets what it prints. `on_written` gets the result's file and how many of its bytes are
         final, while it grows. Cancelling the calling task kills the executor; `CancelledError` is raised
@@ -137,30 +139,53 @@ class Engine:
     async def _run(
         self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
     ) -> Outcome:
+        turn = Turn(seed=secrets.randbits(32), gradients=False, wall_s=job.limits.wall_s)
+        said = Said(on_log)
+        outcome, runtime_s = await self._turn(job, turn, said.first, on_written)
+        told: dict[str, Plain] = {}
+        if isinstance(outcome, Lacked):
+            turn = replace(turn, gradients=True, wall_s=turn.wall_s - runtime_s)
+            outcome, more_s = await self._turn(job, turn, said.again, on_written)
+            runtime_s += more_s
+            told["gradients"] = "retried"
+        # Measured here: what the executor says of its own time need not be so.
+        return replace(outcome, meta=outcome.meta | told | {"runtime_s": round(runtime_s, 6)})
+
+    async def _turn(
+        self,
+        job: Job,
+        turn: Turn,
+        on_log: Callable[[str], None],
+        on_written: Callable[[Path, int], None],
+    ) -> tuple[Outcome, float]:
+        """Run the job in one executor; return how that ended and how long it took."""
         seat = await self._take()
         if seat is None:
-            return self._engine_failure()
+            return self._engine_failure(), 0.0
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            outcome = await self._ended(seat, job, on_log, on_written)
+            outcome = await self._ended(seat, job, turn, on_log, on_written)
         finally:
             seat.kill()
             self._refill()
-        # Measured here: what the executor says of its own time need not be so.
-        return replace(outcome, meta=outcome.meta | {"runtime_s": round(clock() - began, 6)})
+        return outcome, clock() - began
 
     async def _ended(
         self,
         seat: Seat,
         job: Job,
+        turn: Turn,
         on_log: Callable[[str], None],
         on_written: Callable[[Path, int], None],
     ) -> Outcome:
         """Run the job to one of its ends."""
         try:
-            async with asyncio.timeout(job.limits.wall_s):
-                outcome = await seat.run(job, on_log, on_written)
+            async with asyncio.timeout(turn.wall_s):
+                outcome = await seat.run(job, turn, on_log, on_written)
+            if isinstance(outcome, Lacked):
+                seat.kill()  # its memory is back before the job runs again
+                await self._reaped(seat)
             if isinstance(outcome, Saved) and outcome.file is not None:
                 seat.kill()  # nobody writes to the file from here on
                 await self._reaped(seat)
@@ -316,11 +341,15 @@ class Engine:
         return Failed(kind=FailureKind.ENGINE, message=text, meta={"cause": self.died.result()})
 
     async def _self_test(self, blob: bytes) -> None:
-        outcome = await self.run(Job(request_id="self-test", attempt=0, blob=blob, compress=True))
-        if isinstance(outcome, Failed):
-            raise EngineError(
-                f"the self-test failed ({outcome.kind}): {outcome.message} {outcome.meta}"
-            )
+        """Run the self-test as it stands and with each adapter."""
+        for env in ({}, *({"peft": each.repo_id} for each in self.spec.adapters)):
+            job = Job(request_id="self-test", attempt=0, blob=blob, compress=True, env=env)
+            outcome = await self.run(job)
+            if isinstance(outcome, Failed):
+                which = f" with the adapter {env['peft']}" if env else ""
+                raise EngineError(
+                    f"the self-test{which} failed ({outcome.kind}): {outcome.message} {outcome.meta}"
+                )
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -67,6 +67,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "int": lambda v: type(v) is int and v >= 0,
     "float": lambda v: type(v) is float and v >= 0,
     "list[str]": _is_strings,
+    "dict[str, str]": lambda v: type(v) is dict and _is_strings([*v, *v.values()]),
     "dict[str, Plain]": lambda v: type(v) is dict and _is_plain(v),
 }
 

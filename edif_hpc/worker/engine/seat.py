@@ -23,6 +23,7 @@ from edif_hpc.worker.engine.messages import (
     Written,
 )
 from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel, settle
+from edif_hpc.worker.engine.rerun import Lacked, Turn
 from edif_hpc.worker.engine.values import (
     INLINE_BYTES,
     Failed,
@@ -101,7 +102,11 @@ class Seat:
         return message.steps
 
     async def run(
-        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
+        self,
+        job: Job,
+        turn: Turn,
+        on_log: Callable[[str], None],
+        on_written: Callable[[Path, int], None],
     ) -> Outcome:
         """Hand over the job and return how it ended, as the executor says.
 
@@ -109,7 +114,8 @@ class Seat:
             PeerClosed: the executor died without saying.
             RemoteProtocolError: it said something that no executor of ours would.
         """
-        await self._hand_over(job)
+        await self._hand_over(job, turn)
+        written = False
         lines = job.limits.log_lines + _LOG_GRACE_LINES
         space = job.limits.log_bytes + _LOG_GRACE_BYTES
         while True:
@@ -123,16 +129,17 @@ class Seat:
                     await asyncio.sleep(0)  # many lines at once must not hold up the loop
                 case Written(size=size):
                     self._check(size, job.limits)
+                    written = True
                     on_written(self.result, size)
                     await asyncio.sleep(0)
                 case Done():
                     return self._saved(message, job.limits)
-                case Broken(kind=kind, message=text, meta=meta):
-                    return Failed(kind=_kind(kind), message=text, meta=meta)
+                case Broken():
+                    return _failed(message, again=not written)
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} during a job")
 
-    async def _hand_over(self, job: Job) -> None:
+    async def _hand_over(self, job: Job, turn: Turn) -> None:
         inline = (
             job.blob if isinstance(job.blob, bytes) and len(job.blob) <= INLINE_BYTES else None
         )
@@ -141,6 +148,8 @@ class Seat:
             compress=job.compress,
             env=dict(job.env),
             model_key=job.model_key,
+            seed=turn.seed,
+            gradients=turn.gradients,
             memory_bytes=job.limits.memory_bytes,
             result_bytes=job.limits.result_bytes,
             log_bytes=job.limits.log_bytes,
@@ -197,6 +206,16 @@ class Seat:
             asyncio.get_running_loop().run_in_executor(
                 None, lambda: shutil.rmtree(self.folder, ignore_errors=True)
             )
+
+
+def _failed(broken: Broken, *, again: bool) -> Failed:
+    """Return how a run failed; `again` is whether another may follow.
+
+    It may not when a part of the result is with the worker already: that cannot be taken back.
+    """
+    kind = _kind(broken.kind)
+    lacked = again and broken.lacked_gradients
+    return (Lacked if lacked else Failed)(kind=kind, message=broken.message, meta=broken.meta)
 
 
 def _kind(name: str) -> FailureKind:

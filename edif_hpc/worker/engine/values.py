@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.request import FailureKind as FailureKind  # part of these values
 from edif_hpc.domain.request import Limits as Limits
 
@@ -56,6 +57,8 @@ class EngineSpec:
     source: str
     #: A pinned commit or a branch; `None` is the hub's default, or a local folder.
     revision: str | None = None
+    #: Adapters that requests may have attached; all are fetched, and each is tried, before the engine is up.
+    adapters: tuple[Adapter, ...] = ()
     #: A torch dtype by name, or `auto` for that of the checkpoint.
     dtype: str = "auto"
     device: str = "cpu"
@@ -158,3 +161,5 @@ class EngineInfo:
     isolation: Isolation
     weights_bytes: int
     load_s: float
+    #: The commit of each adapter that requests may have attached.
+    adapters: dict[str, str] = field(default_factory=dict)

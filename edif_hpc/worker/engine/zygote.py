@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from edif_hpc.errors import EdifError, EngineError, SettingsError
 from edif_hpc.worker.engine import jail as jails
+from edif_hpc.worker.engine import versions
 from edif_hpc.worker.engine.console import Console
 from edif_hpc.worker.engine.messages import (
     TO_ZYGOTE,
@@ -88,10 +89,12 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     consoles = Console(), Console()
     report = _reporter(channel)
     report("importing", 0, 0)
+    versions.check()
     from edif_hpc.worker.engine import loading, memory, selftest, weights  # noqa: PLC0415 - heavy
     from edif_hpc.worker.engine.executor import House, rehearse  # noqa: PLC0415
 
     loading.be_one_thread()
+    loading.import_peft(load)
     report("loading", 0, 0)
     model = loading.load_model(load)
     holder: weights.Holder = weights.MemoryFile()
@@ -103,6 +106,7 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     tempfile.tempdir = os.curdir
     house = House(
         model=model,
+        adapters=load.adapters,
         jail=jail,
         threads=load.threads,
         scratch=scratch,

@@ -288,7 +288,12 @@ async def test_positions_are_told(world: World) -> None:
         told = world.relay.told[waiting[-1]]
         return f"{told[-1].status}: {told[-1].description}" if told else ""
 
-    await until(lambda: last() == "QUEUED: in the queue of tiny, 2 ahead", "its place is told")
+    alone = "behind 3 requests of yours; start unknown, no run has ended yet"
+    await until(lambda: last() == f"QUEUED: place 3, {alone}", "its place is told")
     worker.engine.end(running, saved(b"r"))
     await world.runs(worker, waiting[0])
-    await until(lambda: last().endswith(", 1 ahead"), "the queue moves up")
+    known = ("QUEUED: place 2, about ", " ahead of you: 2 requests of yours")
+    await until(
+        lambda: last().startswith(known[0]) and last().endswith(known[1]),
+        "the queue moves up, and a run is known",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
@@ -154,12 +155,16 @@ class FakeFleet:
 
     known: list[Deployment] = field(default_factory=lambda: [DEPLOYMENT])
     orders: list[tuple[Any, ...]] = field(default_factory=list)
+    longest_s: float = math.inf
 
     def deployments(self) -> list[Deployment]:
         return self.known
 
     def find(self, key: ModelKey) -> Deployment:
         return find_deployment(key, self.known)
+
+    def longest_run_s(self, _deployment: str) -> float:
+        return self.longest_s
 
     def status(self) -> dict[str, Any]:
         return {
@@ -191,9 +196,10 @@ class FakeFleet:
         return 2
 
     async def allocate(
-        self, deployment: str, *, site: str, slots: int | None
+        self, deployment: str, *, site: str, slots: int | None, **wishes: Any
     ) -> list[dict[str, Any]]:
-        self.orders.append(("allocate", deployment, site, slots))
+        said = {name: wish for name, wish in wishes.items() if wish is not None}
+        self.orders.append(("allocate", deployment, site, slots, *said.items()))
         return [{"allocation": {"id": "a1"}, "join_token": "once"}]
 
     async def submitted(self, allocation_id: str, *, job_id: str) -> None:

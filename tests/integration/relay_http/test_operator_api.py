@@ -76,10 +76,24 @@ def test_deployments(relay: Relay) -> None:
     assert relay.fleet.orders == [("remove", "tiny-gpt2", True)]
 
 
+def test_adapters_are_shown_as_they_were_listed(relay: Relay) -> None:
+    listed = [{"repo_id": "a/lora", "revision": "c0ffee"}, {"repo_id": "a/other"}]
+    made = call(
+        relay, relay.operator, "POST", "/api/deployments", {"repo_id": "a/b", "adapters": listed}
+    )
+    assert made.json()["adapters"] == [listed[0], {"repo_id": "a/other", "revision": None}]
+    shown = call(relay, relay.operator, "GET", "/api/deployments").json()["deployments"]
+    assert [each["adapters"] for each in shown] == [[], made.json()["adapters"]]
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         ({"repo_id": "a/b", "replica": 2}, "replica"),
+        ({"repo_id": "a/b", "adapters": [{"repo_id": "lora"}]}, "'lora' must be ORG/NAME"),
+        ({"repo_id": "a/b", "adapters": [{"repo_id": "a/*"}]}, "'a/*' must be ORG/NAME"),
+        ({"repo_id": "a/b", "adapters": [{"repo_id": "a/l", "revision": "x y"}]}, "revision"),
+        ({"repo_id": "a/b", "adapters": [{"repo_id": "a/l"}] * 2}, "'a/l' is listed twice"),
         ({"repo_id": "a/b", "replicas": -1}, "replicas"),
         ({"repo_id": "a/b", "name": "No Good"}, "No Good"),
         ({}, "repo_id"),

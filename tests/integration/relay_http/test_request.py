@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -10,12 +11,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import websocket
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.request import Limits
 from edif_hpc.errors import StoreUnavailable
 from edif_hpc.relay.sessions import Update
@@ -115,6 +118,20 @@ def test_refusals(relay: Relay, change: dict[str, Any], status: int, code: str) 
     answer = relay.post(**change)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert not relay.broker.requests
+
+
+def test_an_adapter_is_accepted_if_the_deployment_lists_it(relay: Relay) -> None:
+    env = {"attn_implementation": "sdpa", "peft": "lab/lora"}
+    refused = relay.post(env=env)
+    assert refused.status_code == 400
+    assert (
+        "the PEFT adapter 'lab/lora' is not served with this model; served: none" in refused.text
+    )
+    listed = replace(relay.fleet.known[0], adapters=(Adapter(repo_id="lab/lora"),))
+    relay.fleet.known[:] = [listed]
+    assert relay.post(env=env).status_code == 200
+    assert "served: lab/lora" in relay.post(env={"peft": "x/y"}).text
+    relay.fleet.known[:] = [replace(listed, adapters=())]
 
 
 def test_a_model_that_is_not_deployed(relay: Relay) -> None:
@@ -268,11 +285,14 @@ def test_malformed_bodies(relay: Relay, body: bytes, text: str) -> None:
     assert text in answer.json()["detail"]
 
 
-def test_a_disk_that_cannot_be_written(relay: Relay) -> None:
+def test_a_disk_that_cannot_be_written(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the relay keeps its files is told to its operator, and to nobody else."""
     shutil.rmtree(relay.blob_root)
     answer = relay.post(blob=bytes(2 * MIB))
     assert answer.status_code == 503
     assert answer.json()["code"] == "store_unavailable"
+    assert str(relay.blob_root.parent) not in answer.text
+    assert str(relay.blob_root) in caplog.text
 
 
 def test_a_disk_that_fills_up(relay: Relay) -> None:
@@ -348,7 +368,9 @@ def test_a_repeated_poll_is_held_until_there_is_news(start_relay: Callable[..., 
 
 def test_public_routes(relay: Relay) -> None:
     with relay.client() as client:
-        assert client.get("/ping").text == "pong"
+        pong = client.get("/ping")
+        assert pong.text == "pong"
+        assert pong.headers["edif-version"] == importlib.metadata.version("edif-hpc")
         assert client.get("/connected").json() == {"status": "connected"}
         assert client.get("/status").json()["deployments"]["tiny-gpt2"]["repo_id"]
         assert client.get("/env").json()["python_version"] == "3.11.9"

@@ -11,6 +11,7 @@ import nnsight
 import pytest
 import torch
 
+from edif_hpc.testing.models import build_chat_llama
 from tests.integration.worker.conftest import Service, client, serving
 
 
@@ -112,9 +113,51 @@ def attention(model: Any, **where: Any) -> dict[str, Any]:
     return {"pattern": pattern}
 
 
+def operations(model: Any, **where: Any) -> dict[str, Any]:
+    attention = model.transformer.h[1].attn
+    assert "attention_interface_1" in str(
+        attention.source
+    )  # touched before the trace, as it must be
+    with model.trace("inside a forward", **where):
+        projected = attention.c_attn.output.save()
+        mixed = attention.source.attention_interface_1.output[0].save()
+    return {"projected": projected, "mixed": mixed}
+
+
+def barriers(model: Any, **where: Any) -> dict[str, Any]:
+    with model.trace(**where) as tracer:
+        meet = tracer.barrier(2)
+        with tracer.invoke("a donor of embeddings"):
+            given = model.transformer.wte.output
+            meet()
+        with tracer.invoke("_ _ _ _"):
+            meet()
+            model.transformer.wte.output = given
+            logits = model.lm_head.output.save()
+    return {"logits": logits}
+
+
+def modules(model: Any, **where: Any) -> dict[str, Any]:
+    class Autoencoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(1)
+            self.weight = torch.nn.Parameter(torch.randn(64, 256, generator=generator))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x @ self.weight) @ self.weight.T
+
+    autoencoder = Autoencoder()
+    with model.trace("a module of my own", **where):
+        hidden = model.transformer.h[0].output
+        model.transformer.h[0].output = autoencoder(hidden)
+        logits = model.lm_head.output.save()
+    return {"logits": logits}
+
+
 BLOCKS = [
     trace, invokes, patching, generation, steps, backward, caching, skipping, stopping, editing,
-    helpers,
+    helpers, operations, barriers, modules,
 ]  # fmt: skip
 
 
@@ -166,6 +209,37 @@ async def test_attention_is_what_the_client_resolved(tiny_gpt2: Path, service: S
     assert torch.equal(reply.values["pattern"], attention(eager)["pattern"])
     # The next request, by a client that resolved another, is not affected.
     assert (await service.send(trace)).saved.meta["attn_implementation"] == "sdpa"
+
+
+async def test_a_chat_is_laid_out_as_it_is_locally(tmp_path: Path) -> None:
+    def chat(model: Any, **where: Any) -> dict[str, Any]:
+        talk = [{"role": "user", "content": "hello"}]
+        with model.pipe(talk, max_new_tokens=3, do_sample=False, **where) as tracer:
+            hidden = model.model.layers[0].output.save()
+            records = tracer.result.save()
+        return {"hidden": hidden, "records": records}
+
+    path = build_chat_llama(tmp_path / "model", words=["hello", "user", ":", "assistant"])
+    model = client(path)
+    async with serving(model, path, tmp_path / "engine") as service:
+        local, remote = chat(model), (await service.send(chat)).values
+        assert torch.equal(remote["hidden"], local["hidden"])
+        assert remote["records"] == local["records"]
+        assert [turn["role"] for turn in local["records"][0]["generated_text"]] == [
+            "user",
+            "assistant",
+        ]
+
+
+async def test_a_module_attached_to_the_model_is_named_as_what_cannot_travel(
+    tiny_gpt2: Path, service: Service
+) -> None:
+    model = client(tiny_gpt2)
+    model.transformer.h[0].extra = torch.nn.Identity()
+    theirs = Service(engine=service.engine, info=service.info, model=model)
+    failed = (await theirs.send(trace)).failed
+    assert "Module:model.transformer.h.0.extra" in failed.message
+    assert "keep it in a variable" in failed.message
 
 
 async def test_gradients_are_tracked_only_when_the_request_speaks_of_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from edif_hpc.errors import EngineError
+from edif_hpc.testing.hub import Repo, serve_hub
 from edif_hpc.worker.engine.pool import Engine
-from edif_hpc.worker.engine.values import EngineSpec, Level, Progress
+from edif_hpc.worker.engine.values import EngineInfo, EngineSpec, Level, Progress
 from tests.integration.worker.conftest import Service, spec
 from tests.integration.worker.test_fidelity import trace
 
@@ -39,6 +41,29 @@ async def test_a_model_from_a_hub(hub_spec: EngineSpec, gpt2: Any) -> None:
         assert fetched[-1].done > info.weights_bytes
         reply = await Service(engine=engine, info=info, model=gpt2).send(trace)
         assert torch.equal(reply.values["logits"], trace(gpt2)["logits"])
+    finally:
+        await engine.stop()
+
+
+async def test_what_was_fetched_serves_when_the_hub_is_away(
+    hub_spec: EngineSpec, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    full = shutil.copytree(tiny_gpt2, tmp_path / "full")
+    (full / "README.md").write_text("a file that no worker wants")
+    commits = []
+    with serve_hub({hub_spec.source: full}) as url:
+        with_hub = replace(hub_spec, hub_endpoint=url)
+        commits.append((await started_and_stopped(with_hub)).commit)
+    commits.append((await started_and_stopped(with_hub)).commit)
+    assert commits == [Repo.read("", full).commit] * 2
+    with pytest.raises(EngineError, match="cannot have 'edif/tiny-gpt2' at revision 'other'"):
+        await Engine(replace(with_hub, revision="other")).start()
+
+
+async def started_and_stopped(spec: EngineSpec) -> EngineInfo:
+    engine = Engine(spec)
+    try:
+        return await engine.start()
     finally:
         await engine.stop()
 

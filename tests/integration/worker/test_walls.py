@@ -194,7 +194,9 @@ HOSTILE = {
     "bytes in meta": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": b"x"}}]),
     "size that is not so": frame(["Done", {"inline": b"abc", "size": 4, "meta": {}}]),
     "a file that is not so": frame(["Done", {"inline": None, "size": 4, "meta": {}}]),
-    "a kind of ours": frame(["Broken", {"kind": "engine", "message": "", "meta": {}}]),
+    "a kind of ours": frame(
+        ["Broken", {"kind": "engine", "message": "", "lacked_gradients": False, "meta": {}}]
+    ),
     "ready again": frame(["Ready", {"steps": []}]),
     "a flood of lines": frame(["Log", {"text": "x"}]) * 2000,
 }

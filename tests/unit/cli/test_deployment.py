@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ PATH = "/api/deployments"
 ADDED = {
     "name": "tiny", "repo_id": "edif/tiny-gpt2", "revision": None, "task": "text-generation", "dtype": "float32",
     "replicas": 1, "executors": 1, "isolation_floor": "process",
+    "adapters": [],
 }  # fmt: skip
 
 
@@ -37,13 +39,14 @@ def test_add_with_everything(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("POST", PATH, ADDED)
     options = (
         "--name tiny --revision v1 --task text-generation --dtype bfloat16 --replicas 2 --executors 3 --source /models/x "
-        "--trust-remote-code --isolation-floor full"
+        "--trust-remote-code --isolation-floor full --adapter a/lora --adapter a/other@c0ffee"
     )
     assert run("deployment", "add", "edif/tiny-gpt2", *options.split()).exit_code == Exit.OK
     assert relay.bodies("POST", PATH) == [
         {
             "repo_id": "edif/tiny-gpt2", "name": "tiny", "revision": "v1", "task": "text-generation", "dtype": "bfloat16",
             "replicas": 2, "executors": 3, "source": "/models/x", "trust_remote_code": True, "isolation_floor": "full",
+            "adapters": [{"repo_id": "a/lora", "revision": None}, {"repo_id": "a/other", "revision": "c0ffee"}],
         }
     ]  # fmt: skip
 
@@ -69,6 +72,9 @@ def test_add_a_folder(relay: Any, run: Callable[..., Any], model_folder: Path) -
         (["a/b", "--replicas", "-1"], "--replicas"),
         (["a/b", "--dtype", "int3"], "--dtype"),
         (["a/b", "--isolation-floor", "none"], "--isolation-floor"),
+        (["a/b", "--adapter", "lora"], "neither ORG/NAME"),
+        (["a/b", "--adapter", "a/*"], "neither ORG/NAME"),
+        (["a/b", "--adapter", "a/lora@"], "ORG/NAME[@REVISION]"),
         ([], "MODEL"),
     ],
 )
@@ -97,7 +103,20 @@ def test_ls(relay: Any, run: Callable[..., Any]) -> None:
         "1",
         "1",
         "process",
+        "-",
     ]
+
+
+def test_adapters_are_shown_as_they_are_given(
+    relay: Any, run: Callable[..., Any], complain: Callable[..., str]
+) -> None:
+    adapters = [{"repo_id": "a/lora", "revision": None}, {"repo_id": "a/x", "revision": "v1"}]
+    with_adapters = ADDED | {"adapters": adapters}
+    relay.on("GET", PATH, {"deployments": [with_adapters]})
+    assert "a/lora, a/x@v1" in run("deployment", "ls").stdout
+    assert "adapters         a/lora, a/x@v1" in run("deployment", "show", "tiny").stdout
+    assert json.loads(run("deployment", "show", "tiny", "--json").stdout) == with_adapters
+    assert "deployed: tiny" in complain(Exit.REFUSED, "deployment", "show", "huge")
 
 
 def test_ls_of_nothing_says_what_to_do(relay: Any, run: Callable[..., Any]) -> None:

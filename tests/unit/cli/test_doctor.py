@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from email.utils import formatdate
@@ -20,7 +21,8 @@ SERVED = {
 
 @pytest.fixture
 def healthy(relay: Any) -> Any:
-    relay.send("GET", "/ping", b"pong")
+    version = importlib.metadata.version("edif-hpc")
+    relay.send("GET", "/ping", b"pong", headers={"edif-version": version})
     relay.on("GET", "/whoami", {"email": "ada", "tags": ["operator"]})
     relay.on("GET", "/status", {"deployments": SERVED})
     return relay
@@ -38,7 +40,15 @@ def findings(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_all_is_well(healthy: Any, findings: Callable[..., Any]) -> None:
     found = findings(Exit.OK)
-    for what in ("python", "settings file", "relay", "clock", "token", "deployment tiny/0"):
+    for what in (
+        "python",
+        "settings file",
+        "relay",
+        "relay's version",
+        "clock",
+        "token",
+        "deployment tiny/0",
+    ):
         assert found[what]["grade"] == "OK", found[what]
     assert "ada, operator" in found["token"]["seen"]
     assert found["isolation"]["grade"] in {"OK", "WARN"}
@@ -77,6 +87,19 @@ def test_a_settings_file_that_others_can_read(
     Path(environ["EDIF_CONFIG"]).chmod(0o644)
     file = findings(Exit.FAILED)["settings file"]
     assert file["way_out"] == f"chmod 600 {environ['EDIF_CONFIG']}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "way_out"),
+    [({"edif-version": "9.9"}, "pip install edif-hpc==9.9"), ({}, "it is older than this")],
+)
+def test_a_relay_of_another_version(
+    healthy: Any, findings: Callable[..., Any], headers: dict[str, str], way_out: str
+) -> None:
+    healthy.send("GET", "/ping", b"pong", headers=headers)
+    version = findings(Exit.OK)["relay's version"]
+    assert version["grade"] == "WARN"
+    assert version["way_out"].startswith(way_out)
 
 
 def test_a_wrong_clock(healthy: Any, findings: Callable[..., Any]) -> None:

@@ -157,20 +157,41 @@ def test_show(relay: Any, run: Callable[..., Any]) -> None:
     assert "ran 0.1 s, 3 MiB" in run("request", "show", ID).stdout
 
 
+ATTEMPT = {
+    "attempt": 1, "holder": "abcd", "node": "n1", "granted_at": 1.7e9, "started_at": None, "ended_at": 1.7e9,
+    "end": "worker_lost", "how": "the worker on n1 was lost",
+}  # fmt: skip
+EXPLAINED = {
+    "state": "QUEUED", "why": "next, about 12 s ahead of you: 1 request of 1 person", "position": 1,
+    "ahead": {"requests": 1, "people": 1}, "start_in_s": 12.0,
+    "accepted_at": 1.7e9, "expires_at": 1.7e9, "ended_at": None, "attempts": [ATTEMPT],
+}  # fmt: skip
+
+
 def test_explain(relay: Any, run: Callable[..., Any]) -> None:
-    attempt = {
-        "attempt": 1, "holder": "abcd", "granted_at": 1.7e9, "started_at": None, "ended_at": 1.7e9, "end": "expired",
-    }  # fmt: skip
-    explained = {
-        "state": "QUEUED",
-        "why": "in the queue of tiny, next",
-        "position": 1,
-        "attempts": [attempt],
-    }
-    relay.on("GET", f"{PATH}/explain", explained)
-    lines = run("request", "explain", ID).stdout.splitlines()
-    assert "in the queue of tiny, next" in lines[1]
-    assert lines[-1].split()[-1] == "expired"
+    relay.on("GET", f"{PATH}/explain", EXPLAINED)
+    out = run("request", "explain", ID).stdout
+    told = dict(line.split("  ", 1) for line in out.splitlines()[:7])
+    assert told["why"].strip() == EXPLAINED["why"]
+    assert told["expected start"].strip() == "in about 12 s"
+    assert told["accepted"].endswith(" ago)")
+    assert "ended" not in told
+    assert out.splitlines()[-1].endswith("the worker on n1 was lost")
+
+
+def test_explain_says_what_is_unknown(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("GET", f"{PATH}/explain", EXPLAINED | {"start_in_s": None, "attempts": []})
+    out = run("request", "explain", ID).stdout
+    assert "expected start      unknown" in out
+    assert "no attempt has been made" in out
+
+
+def test_explain_of_a_request_that_runs(relay: Any, run: Callable[..., Any]) -> None:
+    runs = {"state": "RUNNING", "why": "runs on tiny/0 for 3 s", "position": 0, "ahead": None}
+    relay.on("GET", f"{PATH}/explain", EXPLAINED | runs | {"start_in_s": None})
+    out = run("request", "explain", ID).stdout
+    assert "runs on tiny/0 for 3 s" in out
+    assert "queue" not in out
 
 
 def test_cancel(relay: Any, run: Callable[..., Any]) -> None:

@@ -17,6 +17,9 @@ from edif_hpc.errors import TransitionRefused
 A = AllocationState
 
 LISTED = {
+    (A.ORDERED, A.SUBMITTED),
+    (A.ORDERED, A.STARTED),
+    (A.ORDERED, A.ENDED),
     (A.SUBMITTED, A.STARTED),
     (A.SUBMITTED, A.ENDED),
     (A.STARTED, A.LOADING),

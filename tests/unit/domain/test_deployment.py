@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.deployment import (
     Deployment,
     ModelKey,
@@ -96,16 +97,28 @@ def test_a_key_is_written_as_the_client_writes_it() -> None:
         ({"attn_implementation": "sdpa", "peft": None}, None),
         ({"attn_implementation": None}, None),
         ({"attn_implementation": "flash_attention_2"}, "use one of: eager, sdpa"),
-        ({"peft": "some/adapter"}, "PEFT adapter 'some/adapter'"),
+        ({"peft": "lab/lora", "attn_implementation": "sdpa"}, None),
+        (
+            {"peft": "some/adapter"},
+            "'some/adapter' is not served with this model; served: lab/lora, a/b. ",
+        ),
+        ({"peft": "LAB/lora"}, "PEFT adapter 'LAB/lora' is not served"),
+        ({"peft": ["lab/lora"]}, r"PEFT adapter \['lab/lora'\] is not served"),
         ({"LD_PRELOAD": "x", "a": 1}, r"\['LD_PRELOAD', 'a'\]"),
     ],
 )
 def test_env_is_an_allow_list(env: dict[str, Any], words: str | None) -> None:
+    adapters = (Adapter(repo_id="lab/lora", revision="c0ffee"), Adapter(repo_id="a/b"))
     if words is None:
-        check_env(env)
+        check_env(env, adapters)
     else:
         with pytest.raises(InvalidInput, match=words):
-            check_env(env)
+            check_env(env, adapters)
+
+
+def test_without_adapters_none_is_served() -> None:
+    with pytest.raises(InvalidInput, match=r"served: none\."):
+        check_env({"peft": "lab/lora"})
 
 
 @pytest.mark.parametrize(

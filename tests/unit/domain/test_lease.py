@@ -126,3 +126,11 @@ def test_a_lease_never_expires_before_its_length_in_time_on_duty(gaps: list[floa
             assert on_duty >= 30.0 - 1e-6
             return
         assert on_duty < 30.0 + 1e-6
+
+
+def test_what_is_left_of_a_lease() -> None:
+    clock = LeaseClock(lease_s=30.0)
+    assert clock.left_s("r", 0.0) is None
+    clock.open("r", 100.0)
+    assert clock.left_s("r", 112.0) == 18.0
+    assert clock.left_s("r", 200.0) == 0.0

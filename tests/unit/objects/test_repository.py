@@ -49,6 +49,19 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def test_an_adapter_counts_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_safetensors(tmp_path / "adapter_model.safetensors", {"a": b"12"})
+    (tmp_path / "adapter_model.bin").write_text("a pickle")
+    manifest = read_manifest(tmp_path)
+    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert manifest.parameters == {"U8": 2}
+    manifest.check()
+    # Weights of the model itself may lie beside an adapter's.
+    (tmp_path / "pytorch_model.bin").write_text("weights")
+    assert "pytorch_model.bin" in find_files(tmp_path)
+
+
 def test_only_what_makes_the_model_counts(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert set(manifest.files) == {

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.testclient import TestClient
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.errors import InvalidInput, NotFound, StoreUnavailable, TooLarge
 from edif_hpc.objects.repository import read_manifest
@@ -271,9 +272,15 @@ def test_who_is_asked(client: TestClient, world: World, folder: Path) -> None:
         client.get(f"api/models/{name}")
         client.get(f"{name}/resolve/main/config.json")
     assert world.elsewhere.asked == [], "a name that means a folder, or is not listed, stays here"
-    for path in ("api/models/gpt2", "api/models/org/deployed", "org/deployed/resolve/main/x.json"):
+    world.deploy(None, "org/more", name="g", adapters=(Adapter(repo_id="org/lora"),))
+    for path in (
+        "api/models/gpt2",
+        "api/models/org/deployed",
+        "org/deployed/resolve/main/x.json",
+        "org/lora/resolve/main/adapter_config.json",
+    ):
         assert client.get(path).text == "elsewhere"
-    assert len(world.elsewhere.asked) == 3
+    assert len(world.elsewhere.asked) == 4
 
 
 def test_an_unknown_name_lists_what_is_here(

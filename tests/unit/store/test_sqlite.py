@@ -225,6 +225,23 @@ def test_the_schema_forbids_what_the_rules_forbid(store: SqliteStore, statement:
         store._execute(writer, statement)
 
 
+def test_a_deployment_from_before_there_were_adapters_has_none(path: Path) -> None:
+    class First(SqliteStore):
+        """As it was before."""
+
+        def _steps(self) -> list[sql.Migration]:
+            return sql.load_migrations()[:1]
+
+    with closing(First(path)) as store:
+        store.open()
+        store._open_writer().execute(
+            "INSERT INTO deployments VALUES ('old', 'a/b', NULL, 't', 'd', NULL, 0, 1, 'cpu', 1, 'full', 1.0)"
+        )
+    with closing(SqliteStore(path)) as store:
+        store.open()
+        assert [(each.name, each.adapters) for each in store.deployments()] == [("old", ())]
+
+
 def test_a_newer_schema_is_refused(path: Path) -> None:
     store = SqliteStore(path)
     store.open()
@@ -243,7 +260,7 @@ def test_a_step_that_fails_leaves_the_file_as_it_was(path: Path) -> None:
         """Its last step cannot be carried out."""
 
         def _steps(self) -> list[sql.Migration]:
-            return [*sql.load_migrations(), sql.Migration(version=2, name="b", sql="NONSENSE;")]
+            return [*sql.load_migrations(), sql.Migration(version=99, name="b", sql="NONSENSE;")]
 
     with pytest.raises(StoreUnavailable, match="NONSENSE"):
         Broken(path).open()

@@ -283,3 +283,24 @@ def test_an_abandoned_lease_ends_a_drain(session: WorkerSession) -> None:
 
 def _fields(message: m.Message) -> dict[str, Any]:
     return {name: getattr(message, name) for name in message.__struct_fields__}
+
+
+# -- how far things are ------------------------------------------------------------------------------
+
+
+def test_a_load_is_told_again_to_a_relay_that_was_started_since(fresh: WorkerSession) -> None:
+    assert fresh.changed("loading", detail="placing", done=1, total=4) == [], "nobody listens yet"
+    [state] = [each for each in sent(fresh.received(WELCOME, 0.0)) if isinstance(each, m.State)]
+    assert (state.detail, state.done, state.total) == ("placing", 1, 4)
+    fresh.warm(executors=1, facts={})
+    fresh.connected(1.0)
+    assert "State" not in kinds(fresh.received(WELCOME, 1.0)), "a Hello says that it is warm"
+
+
+def test_a_heartbeat_says_how_much_of_a_result_is_up(session: WorkerSession) -> None:
+    session.received(grant(), 0.0)
+    session.began(**lease())
+    session.uploading(**lease(), sent=3, size=9)
+    session.uploading(**lease("r2"), sent=1, size=9)
+    [beat] = sent(session.tick(2 * BEAT_S))
+    assert beat == m.Renew(held=[m.Held(**lease(), started=True, sent=3, size=9)])

@@ -17,7 +17,7 @@ HELLO = m.Hello(versions=[1], nonce="n")
 #: role → what it may say. Written out, so that widening it is a decision.
 TABLE = {
     PeerRole.WORKER: "Hello State Pull Started Renew Log Need Done Return Goodbye",
-    PeerRole.PILOT: "Hello State Renew Report Goodbye",
+    PeerRole.PILOT: "Hello State Renew Report Revive Ordered Goodbye",
     PeerRole.LAUNCHER: "Hello State Renew Report Goodbye",
 }
 
@@ -43,7 +43,7 @@ def test_the_table_covers_every_role_and_message() -> None:
 
 @pytest.mark.parametrize("message", [each for each in FROM_PEER if not isinstance(each, m.Hello)])
 def test_nothing_comes_before_hello(message: m.FromPeer) -> None:
-    role = PeerRole.PILOT if isinstance(message, m.Report) else PeerRole.WORKER
+    role = next(role for role, kinds in MAY_SEND.items() if isinstance(message, kinds))
     session = RelaySession(role=role)
     refusal = session.admit(message, 1.0)
     assert refusal is not None

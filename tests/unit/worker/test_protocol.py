@@ -50,7 +50,9 @@ messages = st.one_of(
     st.builds(Written, size=st.integers(0, 2**60)),
     st.builds(Ready, steps=st.lists(st.text())),
     st.builds(Done, inline=st.none() | st.binary(), size=st.integers(0, 9), meta=metas),
-    st.builds(Broken, kind=st.text(), message=st.text(), meta=metas),
+    st.builds(
+        Broken, kind=st.text(), message=st.text(), lacked_gradients=st.booleans(), meta=metas
+    ),
 )
 
 
@@ -141,7 +143,7 @@ async def test_large_orders_sent_at_once_do_not_mix() -> None:
     ours, channel = pair()
     orderer = AsyncChannel(ours, accepts=FROM_ZYGOTE, receive_limit=1 << 20)
     load = Load(
-        model_key="k" * 1_000_000, folder="/", commit=None, dtype="auto", device="cpu", threads=1,
+        model_key="k" * 1_000_000, folder="/", commit=None, adapters={}, dtype="auto", device="cpu", threads=1,
         scratch="/", ceiling="full", floor="full",
     )  # fmt: skip
     orders: list[Message] = [

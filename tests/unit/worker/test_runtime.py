@@ -228,6 +228,7 @@ async def test_from_hello_to_warm(start: Start) -> None:
     bench.hear(WELCOME)
     loading = await bench.says(m.State)
     assert (loading.state, loading.detail, loading.progress) == ("loading", "weights", 0.5)
+    assert (loading.done, loading.total) == (1, 2)
     assert bench.deployed == [WELCOME.deployment]
     assert bench.said(m.Pull) == []
     bench.engine.loaded.set()
@@ -422,6 +423,25 @@ async def test_a_large_result_goes_up_in_parts(bench: Bench) -> None:
     assert file.exists(), "until the relay has answered"
     bench.hear(m.Ack(**lease(), accepted=True))
     assert not file.exists()
+
+
+async def test_how_much_is_up_is_told_with_the_heartbeat(bench: Bench) -> None:
+    """Two parts of three are up when the relay has no more URLs."""
+    await large_result(bench)
+    need = await bench.says(m.Need)
+    urls = ["http://relay/1", "http://relay/2"]
+    bench.hear(m.Parts(**lease(), first=need.first, urls=urls))
+
+    def told() -> bool:
+        bench.clock.advance(BEAT_S)
+        bench.hear(m.Beat())
+        return any(
+            each.sent == 2 * PART_BYTES and each.size == 250
+            for beat in bench.said(m.Renew)
+            for each in beat.held
+        )
+
+    await wait_until_async(told, WAIT_S, "a heartbeat says so")
 
 
 async def test_a_part_that_fails_is_put_again(bench: Bench) -> None:
