@@ -376,6 +376,8 @@ class SuccessionMachine(RuleBasedStateMachine):
             self.one_successor_a_slot()
             if self.warm() == everything:
                 break
+            if any("paused" in each.why for each in self.relay.fleet.decisions.values()):
+                self.run(self._up())  # deaths of before came to light: the operator says it again
         assert self.warm() == everything, [
             (name, each.why) for name, each in self.relay.fleet.decisions.items()
         ]

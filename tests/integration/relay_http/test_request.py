@@ -72,6 +72,17 @@ def test_a_senseless_timeout_is_refused(relay: Relay, asked: str) -> None:
     assert "edif-timeout-s" in answer.json()["detail"]
 
 
+def test_what_no_worker_lives_for_is_refused(relay: Relay) -> None:
+    relay.fleet.longest_s = 600.0
+    answer = relay.post(edif_timeout_s="601")
+    assert answer.status_code == 400
+    assert "at most 600 s" in answer.json()["detail"]
+    assert relay.broker.requests == {}
+    assert relay.post(edif_timeout_s="600").status_code == 200
+    assert relay.post().status_code == 200
+    assert [each.limits.wall_s for each in relay.broker.requests.values()] == [600.0, 600.0]
+
+
 @pytest.mark.parametrize("version", ["", "0.5.15", "0.6.3", "0.7.0", "0.9.0", "1.0", "latest"])
 def test_other_versions_are_told_what_to_install(relay: Relay, version: str) -> None:
     answer = relay.post(nnsight_version=version)

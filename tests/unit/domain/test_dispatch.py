@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from edif_hpc.domain.dispatch import (
     Prefetched,
     Seat,
     Waiting,
+    choose,
     choose_seat,
     choose_steal,
 )
@@ -186,3 +188,97 @@ def test_nobody_starves(moves: list[tuple[str, str]], owner: str) -> None:
     while (one := line.pop()) is not None and one.owner != owner:
         others.append(one.owner)
     assert len(others) == len(set(others))
+
+
+# -- what is left of a walltime ------------------------------------------------------------------
+
+
+def lived(peer: str, left_s: float | None, **facts: Any) -> Seat:
+    return Seat(peer=peer, executors=1, held=0, window=2, left_s=left_s, margin_s=10.0, **facts)
+
+
+def queued(*waiting: Waiting) -> FairQueue:
+    queue = FairQueue()
+    for each in waiting:
+        queue.push(each)
+    return queue
+
+
+@pytest.mark.parametrize(
+    ("facts", "need_s"),
+    [
+        ({}, 60.0),
+        ({"wall_s": 20.0}, 20.0),
+        ({"cut_s": 25.0}, 60.0),
+        ({"cut_s": 100.0}, 200.0),
+        ({"cut_s": 100.0, "wall_s": 150.0}, 150.0),
+        ({"cut_s": 4000.0}, 3000.0),
+    ],
+)
+def test_what_a_request_needs(facts: dict[str, float], need_s: float) -> None:
+    assert Waiting(id="r", seq=1, owner="a", **facts).need_s(60.0, 3000.0) == need_s
+
+
+def test_a_request_goes_where_it_ends_in_time() -> None:
+    one = Waiting(id="r", seq=1, owner="a")
+    assert choose(queued(one), [lived("w", 69.9)], usual_s=60.0) is None
+    found = choose(queued(one), [lived("v", 69.9), lived("w", 70.0)], usual_s=60.0)
+    assert found is not None
+    assert found[1].peer == "w"
+    assert choose(queued(one), [lived("w", None)], usual_s=1e9) is not None
+
+
+def test_work_before_it_counts_when_it_is_taken_ahead() -> None:
+    one = Waiting(id="r", seq=1, owner="a")
+    ahead = replace(lived("w", 71.0), held=1, busy_for_s=2.0)
+    assert choose(queued(one), [ahead], usual_s=60.0) is None
+    assert choose(queued(one), [replace(ahead, left_s=72.0)], usual_s=60.0) is not None
+
+
+def test_the_next_that_fits_goes_first_and_the_other_keeps_its_place() -> None:
+    long = Waiting(id="long", seq=1, owner="a")
+    short = Waiting(id="short", seq=2, owner="a", wall_s=5.0)
+    later = Waiting(id="later", seq=3, owner="a", wall_s=5.0)
+    queue = queued(long, short, later)
+    found = choose(queue, [lived("w", 20.0)], usual_s=60.0)
+    assert found is not None
+    assert found[0] == short
+    assert queue.order() == [long, later]
+    queue.push(short)  # it comes back
+    assert queue.order() == [long, short, later]
+    assert [queue.pop() for _ in range(4)] == [long, short, later, None]
+
+
+def test_one_owners_long_request_does_not_hold_up_another() -> None:
+    queue = queued(
+        Waiting(id="long", seq=1, owner="a"), Waiting(id="short", seq=2, owner="b", wall_s=5.0)
+    )
+    found = choose(queue, [lived("w", 20.0)], usual_s=60.0)
+    assert found is not None
+    assert found[0].id == "short"
+
+
+def test_nothing_is_stolen_for_a_worker_that_ends() -> None:
+    taken = Prefetched(request="r", holder="busy", holder_busy_for_s=5.0)
+    assert choose_steal([lived("w", 69.0)], [taken], usual_s=60.0) is None
+    assert choose_steal([lived("w", 70.0)], [taken], usual_s=60.0) == taken
+
+
+@given(
+    walls=st.lists(st.floats(1.0, 100.0), max_size=12),
+    lives=st.lists(st.none() | st.floats(0.0, 120.0), max_size=4),
+)
+def test_what_can_be_granted_is_and_only_that(
+    walls: list[float], lives: list[float | None]
+) -> None:
+    waiting = [
+        Waiting(id=f"r{seq}", seq=seq, owner="ab"[seq % 2], wall_s=wall)
+        for seq, wall in enumerate(walls)
+    ]
+    queue, seats = queued(*waiting), [lived(f"w{n}", left_s) for n, left_s in enumerate(lives)]
+    while seats and (found := choose(queue, seats, usual_s=50.0)) is not None:
+        chosen, seat = found
+        assert seat.fits(chosen.need_s(50.0))
+        seats.remove(seat)
+    left = queue.order()
+    assert not any(seat.fits(each.need_s(50.0)) for seat in seats for each in left)
