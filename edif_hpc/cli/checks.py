@@ -29,7 +29,7 @@ LOW_DISK_BYTES = 5 << 30
 NO_DISK_BYTES = 256 << 20
 PACKAGE = "edif-hpc"
 
-_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)[^;]*(?:;.*extra == ['\"]([a-z]+)['\"])?")
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)[^;]*(?:;.*extra == ['\"]([a-z0-9-]+)['\"])?")
 
 
 class Grade(StrEnum):
@@ -101,7 +101,7 @@ def _libraries() -> Iterator[Finding]:
     for match in filter(None, map(_REQUIREMENT.match, stated)):
         groups.setdefault(match[2] or "", []).append(match[1])
     yield _group(f"{PACKAGE} {version}", groups.pop("", []), needed=True)
-    for extra in ("relay", "worker", "client"):
+    for extra in ("relay", "s3", "worker", "adapters", "client"):
         yield _group(f"extra [{extra}]", groups.get(extra, []), needed=False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edif_hpc.cli.context import Context, pass_context
-from edif_hpc.cli.show import facts, json_option, listing, print_json
+from edif_hpc.cli.show import facts, json_option, listing, moment, print_json
 from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import NotFound
 
@@ -98,7 +98,9 @@ def show(ctx: Context, /, *, name: str, as_json: bool) -> None:
     if as_json:
         print_json(known[name])
     else:
-        facts(known[name] | {"adapters": _adapters(known[name])})
+        found = known[name]
+        moments = {each: moment(found.get(each)) for each in ("created_at", "up_at")}
+        facts(found | {"adapters": _adapters(found)} | moments)
 
 
 @deployment.command()

@@ -54,6 +54,16 @@ def test_all_is_well(healthy: Any, findings: Callable[..., Any]) -> None:
     assert found["isolation"]["grade"] in {"OK", "WARN"}
 
 
+def test_what_an_extra_needs_is_not_of_the_core(
+    healthy: Any, findings: Callable[..., Any]
+) -> None:
+    found = findings(Exit.OK)
+    (core,) = [each["seen"] for what, each in found.items() if what.startswith("edif-hpc ")]
+    assert "click" in core
+    assert not {"s3fs", "peft", "torch"} & set(core.replace(",", " ").split())
+    assert {"extra [s3]", "extra [adapters]", "extra [worker]"} <= found.keys()
+
+
 def test_a_cold_deployment_is_a_warning(healthy: Any, findings: Callable[..., Any]) -> None:
     cold = findings(Exit.OK)["deployment cold"]
     assert (cold["grade"], cold["way_out"]) == ("WARN", "edif-hpc up cold")
