@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def bring_up(
     """Fill the free slots of a deployment; a model that is not deployed is added."""
     api, site = ctx.api(), local_site(ctx, options)
     name = _deployment(api, target)
+    for line in filter(_died_unheard, _processes(api)):
+        if line["deployment"] == name:
+            _bury(api, site, line)
     made = api.post("/api/allocations", {"deployment": name, "site": options["site"]})[
         "allocations"
     ]
@@ -135,26 +139,26 @@ def _until_warm(api: Api, site: LocalSite, names: set[str], timeout_s: float | N
 
 
 def _died_unheard(line: Line) -> bool:
-    """Whether a local pilot is gone before the relay ever heard of it."""
-    return (
-        line["site"] == SITE
-        and line["state"] == "submitted"
-        and line["job_id"]
-        and not runs_here(line)
-    )
+    """Whether a pilot of this machine is gone, and its worker too, without a word to the relay."""
+    here = line["site"] == SITE and line["node"] in {None, os.uname().nodename}
+    return here and bool(line["job_id"]) and line["worker"] is None and not runs_here(line)
 
 
 def _report_death(api: Api, site: LocalSite, name: str, line: Line | None) -> None:
-    tail = site.tail(name)
     if line is not None:
-        body = {"cause": "the pilot died before it joined", "detail": "\n".join(tail)}
-        api.post(f"/api/allocations/{line['allocation']}/failed", body)
-    for text in tail:
+        _bury(api, site, line)
+    for text in site.tail(name):
         click.echo(f"  {text}", err=True)
     where = site.log(name)
     raise LaunchError(
         f"{name} ended before it was warm; its log: {where or 'not on this machine'}"
     )
+
+
+def _bury(api: Api, site: LocalSite, line: Line) -> None:
+    """Tell the relay that an allocation of this machine is over, so that its slot is free."""
+    body = {"cause": "the pilot died", "detail": "\n".join(site.tail(line["name"]))}
+    api.post(f"/api/allocations/{line['allocation']}/failed", body)
 
 
 def _until_gone(api: Api, before: list[Line], timeout_s: float | None) -> None:

@@ -13,7 +13,7 @@ from edif_hpc.cli.show import json_option, listing, print_json
 if TYPE_CHECKING:
     from edif_hpc.slurm.site import Site
 
-COLUMNS = ("name", "scheduler", "gpus", "route", "state_dir", "file")
+COLUMNS = ("name", "scheduler", "gpus", "state_dir", "file")
 
 site_option = click.option(
     "--site",
@@ -72,7 +72,6 @@ def _row(path: Path, facts: Site) -> dict[str, Any]:
         "name": facts.name,
         "scheduler": facts.scheduler,
         "gpus": list(facts.gpus),
-        "route": facts.route,
         "state_dir": str(facts.state_dir),
         "file": str(path),
     }

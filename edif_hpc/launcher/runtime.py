@@ -99,7 +99,7 @@ class Launcher:
         jobs, trouble = self._list()
         done.listed = None if jobs is None else len(jobs)
         self._report(jobs=jobs, detail=trouble)
-        asked = {"site": self.site.name, "launcher": self.name, "limit": AT_A_TIME}
+        asked = {"site": self.site.name, "launcher": self.name, "limit": self._room(jobs)}
         for order in self.relay.post("/api/launcher/orders", asked)["orders"]:
             if order["kind"] == "cancel":
                 self._cancel(order, jobs or [], done)
@@ -112,6 +112,13 @@ class Launcher:
             return self.scheduler.list_jobs(), ""
         except SlurmUnavailable as error:
             return None, str(error)
+
+    def _room(self, jobs: Sequence[JobLine] | None) -> int:
+        """How many may be submitted now: none while it is not known how many wait."""
+        if jobs is None:
+            return 0
+        waiting = sum(each.state == "pending" for each in jobs)
+        return max(0, min(AT_A_TIME, self.site.limits.max_pending - waiting))
 
     def _submit(self, order: dict[str, Any], done: Round) -> None:
         name, allocation = order["name"], order["allocation"]
@@ -147,11 +154,6 @@ class Launcher:
         """What is submitted for an order, its order file written."""
         name = order["name"]
         folder = folder_of(self.site, name)
-        try:
-            check_folder(self.site.state_dir)
-            check_folder(folder)
-        except (LaunchError, OSError) as error:
-            raise SubmitRefused(str(error), kind="config") from error
         submission = submission_for(
             self.site,
             gpu=order["gpu"],
@@ -163,7 +165,14 @@ class Launcher:
             exclude=tuple(order["exclude"]),
             begin_after_s=order["begin_after_s"],
         )
-        write_order(submission.order, self._pilot_order(order))
+        try:
+            check_folder(self.site.state_dir)
+            check_folder(folder)
+            write_order(submission.order, self._pilot_order(order))
+        except LaunchError as error:
+            raise SubmitRefused(str(error), kind="config") from error
+        except OSError as error:  # a full disk or quota: mended without us
+            raise SubmitRefused(f"no order can be written: {error}", kind="retry") from error
         return submission
 
     def _pilot_order(self, order: dict[str, Any]) -> PilotOrder:

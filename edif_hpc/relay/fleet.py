@@ -30,6 +30,9 @@ from edif_hpc.store.base import Store
 from edif_hpc.store.writer import Writer
 
 LOST_AFTER_S = 600.0
+#: Of an allocation that drains and whose worker has left, only the pilot's goodbye is missing. Longer than a new relay's
+#: grace for leases, which a worker that is cut off may still present.
+LEFT_AFTER_S = 90.0
 LOCAL: Final = "local"  #: the site where whoever says `up` submits the jobs himself
 
 
@@ -195,7 +198,7 @@ class Fleet(Roll):
     # -- workers ---------------------------------------------------------------------------------------------------------
 
     def lost(self, now: float) -> list[str]:
-        """Allocations whose pilot and worker have both been silent for `LOST_AFTER_S`."""
+        """Allocations whose pilot and worker have both been silent for longer than can be explained."""
         heard = dict(self._pilots)
         for worker in self.workers.values():
             heard[worker.peer.allocation] = max(
@@ -204,8 +207,13 @@ class Fleet(Roll):
         return [
             each.id
             for each in self._allocations.values()
-            if each.state not in PENDING and now - heard.get(each.id, now) > LOST_AFTER_S
+            if each.state not in PENDING and now - heard.get(each.id, now) > self._patience_s(each)
         ]
+
+    def _patience_s(self, row: Allocation) -> float:
+        served = any(each.peer.allocation == row.id for each in self.workers.values())
+        drained = row.state is AllocationState.DRAINING and not served
+        return LEFT_AFTER_S if drained else LOST_AFTER_S
 
     def forgive(self, now: float) -> None:
         """The relay itself was late: nobody's silence until now counts."""

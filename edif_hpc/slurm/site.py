@@ -1,9 +1,9 @@
 """A site: the facts of one cluster, as its operator wrote them into a TOML file.
 
 What differs between clusters is data, never code: the names of partitions, how a GPU is asked for, how long an allocation
-may last, where the shared folder is, how a node reaches the relay. `slurm/*.toml` in the repository are commented examples
-to copy. A file is checked as a whole when it is read; an unknown key is refused by name, because a misspelt limit that is
-ignored would be found out by the cluster's administrators.
+may last, where the shared folder is. `slurm/*.toml` in the repository are commented examples to copy. A file is checked as
+a whole when it is read; an unknown key is refused by name, because a misspelt limit that is ignored would be found out by
+the cluster's administrators.
 
 What is per GPU (`cpus`, `mem_gb`) is multiplied for an allocation with several.
 """
@@ -22,7 +22,6 @@ from edif_hpc.errors import SettingsError
 from edif_hpc.slurm.order import EngineFacts, Vendor
 
 Scheduler = Literal["local", "slurm"]
-Route = Literal["direct", "socks", "connect", "login"]
 
 #: Options of sbatch that every submission sets by itself; a site that set them too would undo what we rely on.
 OWNED: Final = frozenset(
@@ -60,7 +59,6 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     partition: str
     gres: str  #: what --gres calls one of them, without a number: gpu:a6000
     vendor: Vendor
-    memory_gb: float = 0.0  #: of one GPU
     max_walltime_min: int
     cpus: int  #: cores for each GPU
     mem_gb: int  #: main memory for each GPU
@@ -75,7 +73,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How much we ask of the scheduler."""
 
     max_pending: int = 4  #: allocations that may wait at a time
-    submits_per_10_min: int = 4
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,11 +80,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     scheduler: Scheduler
-    route: Route = "direct"  #: how nodes reach the relay
-    proxy: str | None = None  #: host:port, for the routes socks and connect
     state_dir: Path  #: for us alone, and on a file system that login and compute nodes share
     scratch: str = "/tmp"  # noqa: S108 - fast and local to a node; variables are expanded there
-    compute_may_submit: bool = True  #: sbatch works on compute nodes
     python: str = (
         ""  #: the interpreter with edif-hpc, as nodes see it; empty takes the submitter's own
     )
@@ -193,11 +187,6 @@ class _Reader:
         if not site.state_dir.is_absolute():
             raise self._wrong(
                 "state_dir", f"is {str(site.state_dir)!r}; it must be an absolute path"
-            )
-        if (site.proxy is not None) != (site.route in {"socks", "connect"}):
-            raise self._wrong(
-                "proxy",
-                f"is {site.proxy!r} with the route {site.route}; socks and connect need it, others none",
             )
         if site.scheduler == "slurm" and not site.gpus:
             raise self._wrong(

@@ -35,8 +35,7 @@ def test_every_profile_can_be_used(path: Path) -> None:
 
 def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
     site = load_site(write(tmp_path, TOP + GPU))
-    assert (site.route, site.proxy, site.container) == ("direct", None, None)
-    assert site.compute_may_submit
+    assert site.container is None
     assert site.limits.max_pending == 4
     assert site.gpus["a6000"].account is None
 
@@ -70,8 +69,7 @@ def test_a_home_is_expanded(tmp_path: Path) -> None:
         (TOP + 'gpus = "a6000"\n', "gpus", "must be a table"),
         (TOP.replace("slurm", "pbs") + GPU, "scheduler", "use one of: local, slurm"),
         (TOP.replace("/shared", "shared") + GPU, "state_dir", "absolute"),
-        (TOP + 'route = "socks"\n' + GPU, "proxy", "need it"),
-        (TOP + 'proxy = "a:1"\n' + GPU, "proxy", "others none"),
+        (TOP + 'route = "socks"\n' + GPU, "route", "no such key"),
         (TOP + 'setup = ["a\\nb"]\n' + GPU, "setup", "one line"),
         (TOP + GPU + "[limits]\nmax_pending = 0\n", "limits.max_pending", "1 or more"),
         (TOP + GPU + '[container]\nimage = "i"\nsha256 = "12"\n', "container.sha256", "64 hex"),
