@@ -19,8 +19,14 @@ import pytest
 
 from edif_hpc.testing.absent import absent
 from edif_hpc.testing.adapters import build_tiny_lora
+from edif_hpc.testing.debian import PartMissing
 from edif_hpc.testing.hub import serve_hub
-from edif_hpc.testing.models import build_tiny_gpt2, build_tiny_llama
+from edif_hpc.testing.models import (
+    build_masked_bert,
+    build_tiny_gpt2,
+    build_tiny_llama,
+    build_tiny_t5,
+)
 
 if TYPE_CHECKING:
     from edif_hpc.testing.ceph import S3Server
@@ -68,6 +74,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT that fills masks and has no pooler; read only."""
+    return build_masked_bert(tmp_path_factory.mktemp("models") / "masked-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny T5; read only."""
+    return build_tiny_t5(tmp_path_factory.mktemp("models") / "tiny-t5")
+
+
+@pytest.fixture(scope="session")
 def tiny_lora(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Path:
     """The folder of an adapter for the tiny GPT-2; read only."""
     return build_tiny_lora(tmp_path_factory.mktemp("adapters") / "tiny-lora", tiny_gpt2)
@@ -84,12 +102,12 @@ def loopback_hub(tiny_gpt2: Path, tiny_llama: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server (Ceph's), shared by all tests that need one."""
-    from edif_hpc.testing.ceph import S3Missing, serve_s3
+    from edif_hpc.testing.ceph import serve_s3
 
     try:
         with serve_s3(tmp_path_factory.mktemp("ceph") / "root") as server:
             yield server
-    except S3Missing as missing:
+    except PartMissing as missing:
         absent(str(missing))
 
 
@@ -102,7 +120,7 @@ def s3_bucket(s3_server: S3Server) -> str:
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
     """A real Slurm, shared by all tests that need one; its jobs run as an ordinary user."""
-    from edif_hpc.testing.slurm import SlurmMissing, serve_slurm
+    from edif_hpc.testing.slurm import serve_slurm
 
     # pytest's own folders are closed to that user.
     with tempfile.TemporaryDirectory(prefix="edif-slurm-") as folder:
@@ -110,8 +128,30 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         try:
             with serve_slurm(Path(folder) / "root") as cluster:
                 yield cluster
-        except SlurmMissing as missing:
+        except PartMissing as missing:
             absent(str(missing))
+
+
+@pytest.fixture(scope="session")
+def apptainer() -> Path:
+    """The program of a real Apptainer."""
+    from edif_hpc.testing.apptainer import cache_folder, install_apptainer
+
+    try:
+        return install_apptainer(cache_folder())
+    except PartMissing as missing:
+        absent(str(missing))
+
+
+@pytest.fixture(scope="session")
+def worker_image(apptainer: Path) -> Path:
+    """The worker's image for CPUs; built within minutes, and kept for as long as the code is the same."""
+    from edif_hpc.testing.apptainer import build_worker_image, cache_folder
+
+    try:
+        return build_worker_image(apptainer, cache_folder())
+    except PartMissing as missing:
+        absent(str(missing))
 
 
 @pytest.fixture(scope="session")

@@ -20,15 +20,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from edif_hpc.errors import LaunchError
+from edif_hpc.testing.debian import PartMissing, download, install_packages, run
 
 PACKAGES: Final = (
     "patchelf", "squashfs-tools", "squashfuse", "fuse-overlayfs", "uidmap", "libseccomp2", "libsqlite3-0", "e2fsprogs",
@@ -68,10 +67,6 @@ _KEPT: Final = 3
 _BUILD_S: Final = 1200.0
 
 
-class ApptainerMissing(LaunchError):
-    """There is no Apptainer, and this user cannot install it."""
-
-
 def cache_folder() -> Path:
     """Where things are kept between runs. Root's home is closed to the users that run the image."""
     if os.geteuid() == 0:
@@ -83,7 +78,7 @@ def install_apptainer(cache: Path) -> Path:
     """Install Apptainer below `cache`, unless there is one; returns its program.
 
     Raises:
-        ApptainerMissing: it would have to be installed, and that takes root on Debian.
+        PartMissing: it would have to be installed, and that takes root on Debian.
         LaunchError: a step of the installation failed; the message ends with its words.
     """
     found = shutil.which("apptainer")
@@ -96,7 +91,7 @@ def install_apptainer(cache: Path) -> Path:
             _may_install()
             _unpack(root)
             _relocate(root)
-            (root / "installed").write_text(_run([str(program), "--version"]))
+            (root / "installed").write_text(run([str(program), "--version"]))
     if os.geteuid() == 0:
         _prepare_machine()
     return program
@@ -113,7 +108,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def _may_install() -> None:
     if os.geteuid() != 0 or not _DEBIAN.exists():
-        raise ApptainerMissing(
+        raise PartMissing(
             "there is no apptainer on PATH; tests install it themselves as root on Debian, elsewhere install the package"
         )
 
@@ -138,11 +133,11 @@ def _unpack(root: Path) -> None:
             "APT::Sandbox::User": "root",
         }
         apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
-        _run([*apt, "update"], timeout_s=300)
-        _run([*apt, "download", "apptainer", "libc6"], timeout_s=300, cwd=work)
+        run([*apt, "update"], timeout_s=300)
+        run([*apt, "download", "apptainer", "libc6"], timeout_s=300, cwd=work)
         (package,), (library,) = work.glob("apptainer_*.deb"), work.glob("libc6_*.deb")
-        _run(["dpkg-deb", "-x", str(package), str(root)])
-        _run(["dpkg-deb", "-x", str(library), str(work / "libc")])
+        run(["dpkg-deb", "-x", str(package), str(root)])
+        run(["dpkg-deb", "-x", str(library), str(work / "libc")])
         shutil.copytree(work / "libc" / _LIBRARIES, root / "glibc", symlinks=True)
 
 
@@ -152,7 +147,7 @@ def _relocate(root: Path) -> None:
     for program in (root / "usr/bin/apptainer", libraries / "apptainer/bin/starter"):
         loader = ["--set-interpreter", str(glibc / "ld-linux-x86-64.so.2")]
         path = ["--force-rpath", "--set-rpath", f"{glibc}:/{_LIBRARIES}"]
-        _run(["patchelf", *loader, *path, str(program)])
+        run(["patchelf", *loader, *path, str(program)])
     # It looks for etc and var below its prefix; the starter takes usr/lib for that, because of Debian's multiarch path.
     (root / "etc").rename(root / "usr/etc")
     (root / "usr/var/lib/apptainer/mnt/session").mkdir(parents=True)
@@ -189,7 +184,7 @@ def build_worker_image(program: Path, cache: Path) -> Path:
     is another: no registry can be reached, so a Debian root of the same release takes the place of the registry's.
 
     Raises:
-        ApptainerMissing: it would have to be built, and that takes root.
+        PartMissing: it would have to be built, and that takes root.
         LaunchError: a step of the build failed; the message ends with its words.
     """
     images = cache / "images"
@@ -198,7 +193,7 @@ def build_worker_image(program: Path, cache: Path) -> Path:
         if image.exists():
             return image
         if os.geteuid() != 0:
-            raise ApptainerMissing(f"no image in {images}; tests build it themselves as root")
+            raise PartMissing(f"no image in {images}; tests build it themselves as root")
         images.mkdir(exist_ok=True, mode=0o755)
         for old in sorted(images.glob("*.sif"), key=lambda each: -each.stat().st_mtime)[
             _KEPT - 1 :
@@ -211,7 +206,7 @@ def build_worker_image(program: Path, cache: Path) -> Path:
         squash = ["--mksquashfs-args", "-comp zstd -Xcompression-level 1"]
         command = [str(_REPOSITORY / "scripts/build-image"), "cpu", str(image), "--", "--fakeroot"]
         env = os.environ | {"APPTAINER": str(program), "PYTHON": sys.executable}
-        _run([*command, f"--bind={wheels}:/mnt", *arguments, *squash], env=env, timeout_s=_BUILD_S)
+        run([*command, f"--bind={wheels}:/mnt", *arguments, *squash], env=env, timeout_s=_BUILD_S)
     return image
 
 
@@ -226,7 +221,7 @@ def _debian_root(cache: Path) -> Path:
     shutil.rmtree(half, ignore_errors=True)
     made = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", *left_out]
     packages = f"--include={','.join(_ROOT_PACKAGES)}"
-    _run([*made, packages, _SUITE, str(half), debian_mirror()], timeout_s=600)
+    run([*made, packages, _SUITE, str(half), debian_mirror()], timeout_s=600)
     # Extracted packages have not been configured: the rest is what their scripts would have made.
     for each in (
         "dev",
@@ -265,22 +260,13 @@ def _wheels(cache: Path) -> Path:
     if folder.exists():
         return folder
     half = folder.with_suffix(".half")
-    wanted = ["-r", str(lock), "--dest", str(half), "--python-version", _PYTHON]
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary=:all:",
-        *wanted,
-    ]
+    wanted = ["--only-binary=:all:", "--python-version", _PYTHON, "-r", str(lock)]
     asked = os.environ.get("EDIF_TORCH_INDEX")
+    index = [f"--extra-index-url={asked}"] if asked else []
     try:
-        _run([*pip, *([f"--extra-index-url={asked}"] if asked else [])], timeout_s=_BUILD_S)
-    except LaunchError:
-        _run([*pip, f"--extra-index-url={_TORCH_INDEX}"], timeout_s=_BUILD_S)
+        download(*wanted, *index, folder=half, timeout_s=_BUILD_S)
+    except PartMissing:
+        download(*wanted, f"--extra-index-url={_TORCH_INDEX}", folder=half, timeout_s=_BUILD_S)
     half.rename(folder)
     return folder
 
@@ -300,36 +286,8 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def install_packages(*names: str) -> None:
-    """Install Debian packages that are missing."""
-    shown = ["dpkg-query", "-W", "-f=${db:Status-Status}\n", *names]
-    states = subprocess.run(shown, capture_output=True, text=True, check=False)
-    if states.stdout.split() == ["installed"] * len(names):
-        return
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    apt = ["apt-get", "-qq", "-oDPkg::Lock::Timeout=300"]
-    _run([*apt, "update"], env=quiet, timeout_s=300)
-    _run([*apt, "install", "-y", "--no-install-recommends", *names], env=quiet, timeout_s=600)
-
-
 def debian_mirror() -> str:
     """The mirror that this machine uses."""
     sources = _DEBIAN.read_text() if _DEBIAN.exists() else ""
     found = re.search(r"(?m)^URIs: *(\S+/debian)/*\s*$", sources)
     return found[1] if found else "http://deb.debian.org/debian"
-
-
-def _run(
-    command: list[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    timeout_s: float = 120.0,
-    cwd: Path | None = None,
-) -> str:
-    done = subprocess.run(
-        command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        raise LaunchError(f"{' '.join(command)} ended with {done.returncode}: {said}")
-    return done.stdout

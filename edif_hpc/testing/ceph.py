@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edif_hpc.errors import LaunchError
 from edif_hpc.objects.s3 import Place, S3Store
+from edif_hpc.testing.debian import install_packages, run
 from edif_hpc.testing.wait import wait_until
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
@@ -83,10 +83,6 @@ rgw user quota sync interval = 1
 """
 
 
-class S3Missing(LaunchError):
-    """The server's packages are not installed, and this user cannot install them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class S3Server:
     """A running server and the user that it knows."""
@@ -140,7 +136,7 @@ class S3Server:
 
     def admin(self, *words: str) -> str:
         """Run `radosgw-admin`: users, quotas, statistics."""
-        return _run(["radosgw-admin", "-n", "client.rgw", *words], _environment(self.root))
+        return run(["radosgw-admin", "-n", "client.rgw", *words], env=_environment(self.root))
 
 
 @contextmanager
@@ -148,31 +144,14 @@ def serve_s3(root: Path) -> Iterator[S3Server]:
     """Start a server with its files below `root`, which must be new; stop it at the end.
 
     Raises:
-        S3Missing: the packages are missing and cannot be installed.
+        PartMissing: the packages are missing and cannot be installed.
         LaunchError: a daemon did not start; the message ends with its words.
     """
-    _install()
+    install_packages(*PACKAGES, programs=PROGRAMS)
     server = S3Server(root=root, port=_free_ports(1)[0])
     with ExitStack() as daemons:
         _start(server, daemons)
         yield server
-
-
-def _install() -> None:
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if not missing:
-        return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise S3Missing(
-            f"a real S3 server needs {', '.join(missing)}; as root on Debian or Ubuntu: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-        )
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    _run(["apt-get", "update", "-qq"], quiet, timeout_s=300)
-    _run(
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
-        quiet,
-        timeout_s=600,
-    )
 
 
 def _start(server: S3Server, daemons: ExitStack) -> None:
@@ -189,11 +168,13 @@ def _start(server: S3Server, daemons: ExitStack) -> None:
     _make_map(root, env, f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{mon_v1}]")
 
     _daemon(["ceph-mon", "-i", "a"], root, daemons)
-    _run(["ceph", "osd", "create", _DISK], env)
-    _run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env)
+    run(["ceph", "osd", "create", _DISK], env=env)
+    run(["ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _DISK], env=env)
     _daemon(["ceph-osd", "-i", "0"], root, daemons)
     wait_until(
-        lambda: "1 up" in _run(["ceph", "osd", "stat"], env), _START_S, "the storage daemon is up"
+        lambda: "1 up" in run(["ceph", "osd", "stat"], env=env),
+        _START_S,
+        "the storage daemon is up",
     )
     _daemon(["radosgw", "-n", "client.rgw"], root, daemons)
     wait_until(lambda: _answers(server.url), _START_S, f"the gateway answers; its log: {root}/log")
@@ -216,7 +197,7 @@ def _daemon(command: list[str], root: Path, daemons: ExitStack) -> None:
 
 def _make_map(root: Path, env: Mapping[str, str], address: str) -> None:
     monmap = str(root / "monmap")
-    _run(
+    run(
         [
             "monmaptool",
             "--create",
@@ -228,18 +209,18 @@ def _make_map(root: Path, env: Mapping[str, str], address: str) -> None:
             _CLUSTER,
             monmap,
         ],
-        env,
+        env=env,
     )
-    _run(
+    run(
         ["ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", str(root / "keyring")],
-        env,
+        env=env,
     )
 
 
 def _make_keys(root: Path, env: Mapping[str, str]) -> None:
     keyring = str(root / "keyring")
     all_caps = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
-    _run(
+    run(
         [
             "ceph-authtool",
             keyring,
@@ -251,10 +232,10 @@ def _make_keys(root: Path, env: Mapping[str, str]) -> None:
             "mon",
             "allow *",
         ],
-        env,
+        env=env,
     )
     for name in ("client.admin", "client.rgw", "osd.0"):
-        _run(["ceph-authtool", keyring, "-n", name, "--gen-key", *all_caps], env)
+        run(["ceph-authtool", keyring, "-n", name, "--gen-key", *all_caps], env=env)
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -264,17 +245,6 @@ def _environment(root: Path) -> dict[str, str]:
         "CEPH_ARGS": "",
         "HOME": str(root),
     }
-
-
-def _run(command: list[str], env: Mapping[str, str], *, timeout_s: float = _START_S) -> str:
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    if done.returncode != 0:
-        raise LaunchError(
-            f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
-        )
-    return done.stdout
 
 
 def _answers(url: str) -> bool:

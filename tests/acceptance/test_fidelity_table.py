@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from edif_hpc.testing.absent import absent
+from edif_hpc.testing.debian import PartMissing
 from edif_hpc.testing.fidelity import forms, needs, runner, work
-from edif_hpc.testing.fidelity.corpus import CorpusMissing, archive, parse
+from edif_hpc.testing.fidelity.corpus import archive, parse
 from edif_hpc.testing.fidelity.runner import Outcome
 from edif_hpc.testing.fidelity.table import Row, Verdict, counts, page, parting
 from edif_hpc.testing.fidelity.values import difference, shown
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     try:
         archive()
-    except CorpusMissing as missing:
+    except PartMissing as missing:
         absent(str(missing))
     return work.table(tmp_path_factory.mktemp("fidelity"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from edif_hpc.errors import (
 )
 from edif_hpc.store import sql
 from edif_hpc.store.base import Store
-from edif_hpc.store.memory import MemoryStore
 from edif_hpc.store.sqlite import SqliteStore
 
 ID = "a" * 16
@@ -36,35 +34,6 @@ ORDER = Allocation(
     walltime_min=60,
     begin_after_s=30.0,
 )
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made: Store = (
-        MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "queue.sqlite")
-    )
-    made.open()
-    yield made
-    made.close()
-
-
-class Each:
-    """Runs each method of a store in a transaction and a savepoint of its own."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._store.transaction(), self._store.savepoint():
-                return getattr(self._store, name)(*args, **kwargs)
-
-        return call
-
-
-@pytest.fixture
-def do(store: Store) -> Any:
-    return Each(store)
 
 
 def take(do: Any, holder: str, now: float, token: str) -> Allocation:

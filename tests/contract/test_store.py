@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,59 +36,13 @@ from edif_hpc.errors import (
 )
 from edif_hpc.failpoints import Action, Armed, FailpointReached, Failpoints
 from edif_hpc.store.base import Attempt, Charge, Store
-from edif_hpc.store.memory import MemoryStore
-from edif_hpc.store.sqlite import SqliteStore
+from tests.contract.conftest import Each, Make
 
 QUEUED, DISPATCHED, RUNNING = RequestState.QUEUED, RequestState.DISPATCHED, RequestState.RUNNING
 COMPLETED, ERROR = RequestState.COMPLETED, RequestState.ERROR
 
-Make = Callable[..., Store]
 USER_ERROR = Failure(kind=FailureKind.USER, message="ValueError: no", details={"line": 3})
 CANCELLED = Failure(kind=FailureKind.CANCELLED, message="cancelled by its owner")
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    """Make the store under test, with failpoints if wanted."""
-    made: list[Store] = []
-
-    def build(failpoints: Failpoints | None = None) -> Store:
-        store: Store
-        if request.param == "memory":
-            store = MemoryStore(failpoints)
-        else:
-            store = SqliteStore(tmp_path / "queue.sqlite", failpoints)
-        store.open()
-        made.append(store)
-        return store
-
-    yield build
-    for store in made:
-        store.close()
-
-
-@pytest.fixture
-def store(make: Make) -> Store:
-    return make()
-
-
-class Each:
-    """Runs each method of a store in a transaction and a savepoint of its own."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._store.transaction(), self._store.savepoint():
-                return getattr(self._store, name)(*args, **kwargs)
-
-        return call
-
-
-@pytest.fixture
-def do(store: Store) -> Any:
-    return Each(store)
 
 
 def new_request(request_id: str = "r1", **changes: Any) -> NewRequest:
@@ -576,6 +529,7 @@ def test_deployments(store: Store, do: Any) -> None:
     tiny = Deployment(name="tiny", repo_id="edif/tiny", revision=None, task="text-generation")
     big = replace(tiny, name="big", revision="v2", source="/models", trust_remote_code=True)
     big = replace(big, adapters=(Adapter(repo_id="a/b"), Adapter(repo_id="a/c", revision="v1")))
+    big = replace(big, more_tasks=("feature-extraction", "fill-mask"))
     do.add_deployment(tiny)
     do.add_deployment(big)
     assert store.deployments() == [big, tiny]
@@ -711,6 +665,7 @@ def test_peers_are_revoked_with_their_allocation(store: Store, do: Any) -> None:
     do.revoke_peers("a" * 16, 120.0)
     do.revoke_peers("a" * 16, 130.0)
     assert store.peers() == [other]
+    assert [each.key for each in store.peers(revoked=True)] == ["o" * 40, worker.key, pilot.key]
     with pytest.raises(Conflict):  # a revoked key never comes back
         do.add_peers([worker])
     with pytest.raises(NotFound, match="nowhere"):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
-import sys
 import tarfile
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from edif_hpc.testing.debian import PartMissing, download
 
 VERSION: Final = "0.8.1"
 ARCHIVE: Final = f"nnsight-{VERSION}.tar.gz"
@@ -29,10 +29,6 @@ DOWNLOAD_S: Final = 300.0
 _FENCE = re.compile(
     r"^(?P<indent> *)```python[^\n]*\n(?P<text>.*?)^ *```[ ]*$", re.MULTILINE | re.DOTALL
 )
-
-
-class CorpusMissing(Exception):
-    """The source distribution cannot be had here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """All blocks, in the order of the pages; raise `CorpusMissing` if the archive cannot be had."""
+    """All blocks, in the order of the pages; raise `PartMissing` if the archive cannot be had."""
     pages = _pages(archive())
     return [block for name in sorted(pages, key=_place) for block in parse(name, pages[name])]
 
@@ -73,35 +69,14 @@ def archive() -> Path:
     file = folder / ARCHIVE
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _download(folder)
+        wanted = ["--no-binary", "nnsight", f"nnsight=={VERSION}"]
+        download(*wanted, folder=folder, timeout_s=DOWNLOAD_S)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != SHA256:
-        raise CorpusMissing(
+        raise PartMissing(
             f"{file} has sha256 {found}, not {SHA256}; delete it to have it fetched again"
         )
     return file
-
-
-def _download(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        "nnsight",
-    ]
-    command += [f"nnsight=={VERSION}", "--dest", str(folder)]
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=DOWNLOAD_S)
-    except subprocess.CalledProcessError as error:
-        raise CorpusMissing(f"pip cannot fetch {ARCHIVE}: {error.stderr[-500:]}") from error
-    except subprocess.TimeoutExpired as error:
-        raise CorpusMissing(
-            f"pip has not fetched {ARCHIVE} within {DOWNLOAD_S} s; is an index reachable?"
-        ) from error
 
 
 def _pages(file: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A real Apptainer, the image that ships for CPUs, and a whole edif-hpc whose workers run in it."""
+"""A whole edif-hpc whose workers run in a real Apptainer."""
 
 from __future__ import annotations
 
@@ -11,34 +11,9 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.slurm.order import ContainerOrder, EngineFacts
-from edif_hpc.testing.absent import absent
-from edif_hpc.testing.apptainer import (
-    ApptainerMissing,
-    build_worker_image,
-    cache_folder,
-    install_apptainer,
-)
 from edif_hpc.testing.stack import MODEL, Stack
 
 HUB_TOKEN = "hf_token_of_the_lab"
-
-
-@pytest.fixture(scope="session")
-def apptainer() -> Path:
-    """The program."""
-    try:
-        return install_apptainer(cache_folder())
-    except ApptainerMissing as missing:
-        absent(str(missing))
-
-
-@pytest.fixture(scope="session")
-def worker_image(apptainer: Path) -> Path:
-    """The worker's image; built within minutes, and kept for as long as the code is the same."""
-    try:
-        return build_worker_image(apptainer, cache_folder())
-    except ApptainerMissing as missing:
-        absent(str(missing))
 
 
 @pytest.fixture(scope="session")

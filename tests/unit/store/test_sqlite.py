@@ -22,6 +22,8 @@ from edif_hpc.domain.request import Limits, NewRequest
 from edif_hpc.errors import StoreUnavailable, TransitionRefused
 from edif_hpc.store import sql
 from edif_hpc.store.sqlite import SqliteStore
+from edif_hpc.testing.absent import absent
+from edif_hpc.testing.debian import PartMissing, install_packages
 
 ROOT = Path(__file__).parents[3]
 
@@ -116,13 +118,21 @@ def test_every_commit_is_synced(store: SqliteStore) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="counts syncs with strace")
-def test_strace_counts_one_sync_per_commit(path: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def strace() -> str:
+    try:
+        install_packages("strace", programs=["strace"])
+    except PartMissing as missing:
+        absent(str(missing))
+    return "strace"
+
+
+def test_strace_counts_one_sync_per_commit(strace: str, path: Path, tmp_path: Path) -> None:
     def syncs(commits: int) -> int:
         program = CHILD.format(tests=str(Path(__file__).parent), path=str(path), spec="")
         program = program.replace("range(1, 9)", f"range({commits})")
         trace = tmp_path / "trace"
-        command = ["strace", "-f", "-e", "trace=fsync,fdatasync", "-o", str(trace)]
+        command = [strace, "-f", "-e", "trace=fsync,fdatasync", "-o", str(trace)]
         for leftover in tmp_path.glob("queue.sqlite*"):
             leftover.unlink()
         subprocess.run([*command, sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
@@ -239,7 +249,8 @@ def test_a_deployment_from_before_there_were_adapters_has_none(path: Path) -> No
         )
     with closing(SqliteStore(path)) as store:
         store.open()
-        assert [(each.name, each.adapters) for each in store.deployments()] == [("old", ())]
+        [old] = store.deployments()
+        assert (old.name, old.adapters, old.tasks) == ("old", (), ("t",))
 
 
 def test_a_newer_schema_is_refused(path: Path) -> None:
