@@ -1,8 +1,9 @@
 """A deployment: what an operator wants served, and which requests it serves.
 
 nnsight names a model by a key, `import.path.Class:{json}`. Two spellings of one model must meet in one deployment:
-`revision` null and "main" are the same, and the task in the key picks a pipeline over the same weights. The class in
-the key is imported by the engine, so only listed classes are let in (`ALLOWED_CLASSES`).
+`revision` null and "main" are the same. The task in the key picks a pipeline, and with it the class that is built over the
+weights: a deployment may serve several tasks, each under its own key, from one set of weights. The class in the key is
+imported by the engine, so only listed classes are let in (`ALLOWED_CLASSES`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ ALLOWED_CLASSES = frozenset({"nnsight.modeling.transformers.TransformersModel"})
 #: transformers does not know, it would fetch code from a hub.
 ALLOWED_ATTENTION = frozenset({"eager", "sdpa"})
 DEFAULT_TASK = "text-generation"
+#: PyTorch calls the GPUs of AMD cuda, too. On `cpu:0` each executor has a copy of the weights, as on a GPU: for tests.
+DEVICES = ("cpu", "cuda", "cpu:0")
+#: Other names of tasks, as transformers takes them; a client's key has the name on the right.
+TASK_ALIASES = {
+    "ner": "token-classification",
+    "sentiment-analysis": "text-classification",
+    "text-to-speech": "text-to-audio",
+}
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 
@@ -94,6 +103,11 @@ def check_env(env: Mapping[str, Any], adapters: Sequence[Adapter] = ()) -> None:
         )
 
 
+def each_task(names: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that an operator names, each once and as clients' keys have it."""
+    return tuple(dict.fromkeys(TASK_ALIASES.get(each, each) for each in names))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
     """A model with its revision, dtype, resources and the number of replicas wanted."""
@@ -102,6 +116,7 @@ class Deployment:
     repo_id: str
     revision: str | None
     task: str
+    more_tasks: tuple[str, ...] = ()  #: served beside it, from the same weights
     dtype: str = "float32"
     source: str | None = None  #: a local path or hub endpoint to load from, when not the Hub
     trust_remote_code: bool = False
@@ -118,24 +133,37 @@ class Deployment:
     created_at: float = 0.0
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """All that is served."""
+        return (self.task, *self.more_tasks)
+
+    @property
     def model_key(self) -> ModelKey:
-        """The key of this deployment's own task."""
-        return ModelKey(
-            import_path="nnsight.modeling.transformers.TransformersModel",
-            repo_id=self.repo_id,
-            revision=self.revision,
-            task=self.task,
-            trust_remote_code=self.trust_remote_code,
+        """The key of this deployment's first task."""
+        return self.model_keys[0]
+
+    @property
+    def model_keys(self) -> tuple[ModelKey, ...]:
+        """The key of each task."""
+        return tuple(
+            ModelKey(
+                import_path="nnsight.modeling.transformers.TransformersModel",
+                repo_id=self.repo_id,
+                revision=self.revision,
+                task=task,
+                trust_remote_code=self.trust_remote_code,
+            )
+            for task in self.tasks
         )
 
     def serves(self, key: ModelKey) -> bool:
         """Whether a request with this key can run here."""
         mine = self.model_key
-        return (key.repo_id.lower(), key.revision, key.task) == (
-            mine.repo_id.lower(),
-            mine.revision,
-            mine.task,
-        ) and (self.trust_remote_code or not key.trust_remote_code)
+        return (
+            (key.repo_id.lower(), key.revision) == (mine.repo_id.lower(), mine.revision)
+            and key.task in self.tasks
+            and (self.trust_remote_code or not key.trust_remote_code)
+        )
 
 
 def check_name(name: str) -> str:
@@ -145,6 +173,21 @@ def check_name(name: str) -> str:
             f"the name {name!r} must be 1-40 characters of a-z, 0-9 and '-', without '-' at its ends"
         )
     return name
+
+
+def check_device(device: str, *, executors: int = 1) -> str:
+    """Return what a deployment is computed on, or raise `InvalidInput`."""
+    if device not in DEVICES:
+        raise InvalidInput(
+            f"the device {device!r} is not served; choose cpu, or cuda for one GPU of NVIDIA or AMD "
+            "(a model over several GPUs is not served yet)"
+        )
+    if device != "cpu" and executors > 1:
+        raise InvalidInput(
+            f"{executors} executors on the device {device}: it runs one request at a time, which has all of its memory; "
+            "take one executor, and more replicas"
+        )
+    return device
 
 
 def default_name(repo_id: str) -> str:
@@ -161,11 +204,11 @@ def find_deployment(key: ModelKey, deployments: Iterable[Deployment]) -> Deploym
     for each in known:
         if each.serves(key):
             return each
-    listing = ", ".join(
-        f"{d.repo_id} (task {d.task}" + (f", revision {d.revision})" if d.revision else ")")
-        for d in known
-    )
-    asked = f"{key.repo_id} (task {key.task}" + (
-        f", revision {key.revision})" if key.revision else ")"
-    )
+    listing = ", ".join(_told(each.repo_id, each.tasks, each.revision) for each in known)
+    asked = _told(key.repo_id, (key.task,), key.revision)
     raise NotFound(f"{asked} is not deployed here. Deployed: {listing or 'nothing yet'}.")
+
+
+def _told(repo_id: str, tasks: Sequence[str], revision: str | None) -> str:
+    words = [f"task{'s' if len(tasks) > 1 else ''} {' and '.join(tasks)}"]
+    return f"{repo_id} ({', '.join([*words, *([f'revision {revision}'] if revision else [])])})"

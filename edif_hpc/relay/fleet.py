@@ -72,10 +72,11 @@ class Fleet(Roll):
         """Add one; `Conflict` if its name is taken or another one serves the same key."""
         check_name(deployment.name)
         for other in self._deployments.values():
-            if other.serves(deployment.model_key):
-                raise Conflict(
-                    f"the deployment {other.name} serves {deployment.repo_id} (task {deployment.task}) already"
-                )
+            for key in deployment.model_keys:
+                if other.serves(key):
+                    raise Conflict(
+                        f"the deployment {other.name} serves {key.repo_id} (task {key.task}) already"
+                    )
         stamped = replace(deployment, created_at=self._clock.wall())
         await self._writer.submit(lambda store: store.add_deployment(stamped))
         self._deployments[deployment.name] = stamped
@@ -146,6 +147,17 @@ class Fleet(Roll):
             return []
         wanted = slots if slots is not None else self.deployment(deployment).replicas
         return await self._allocate_here(deployment, wanted, walltime_min)
+
+    async def scale(self, deployment: str, replicas: int) -> None:
+        """An operator wants another number of replicas; workers that are too many leave.
+
+        Slots of allocations with a walltime follow by themselves (`relay.slots`); those without one are let go here.
+        """
+        self.deployment(deployment)
+        await self._change_deployment(deployment, replicas=replicas)
+        for row in self.live():
+            if row.deployment == deployment and row.slot >= replicas and row.walltime_min is None:
+                await self.drain(None, row.id, why="not wanted any more")
 
     async def _allocate_here(
         self, deployment: str, wanted: int, walltime_min: int | None
@@ -277,6 +289,13 @@ class Fleet(Roll):
         lines = reports.processes(self._allocations.values(), self.workers.values(), now)
         return [line | self._prospects(line["allocation"], now) for line in lines]
 
+    def _lead_s(self, row: Allocation) -> float | None:
+        """How long before the end of an allocation its successor is ordered; None if nobody wants one."""
+        known, times = self._deployments.get(row.deployment), self.expected.get(row.deployment)
+        if known is None or known.up_at is None or known.walltime_min is None or times is None:
+            return None
+        return times.lead_s if row.slot < known.replicas else None
+
     def _prospects(self, allocation_id: str, now: float) -> dict[str, Any]:
         row = self._allocations[allocation_id]
         decision = self.decisions.get(row.place)
@@ -286,5 +305,6 @@ class Fleet(Roll):
             left_s=self.left_s(allocation_id),
             start_in_s=self.jobs.start_in_s(allocation_id, now),
             decision=decision,
+            lead_s=self._lead_s(row),
             others=self._allocations.values(),
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from edif_hpc.domain.allocation import Allocation
+from edif_hpc.domain.allocation import RUNNING, Allocation
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.request import Provision
 from edif_hpc.domain.succession import Decision
@@ -21,7 +21,7 @@ def nnsight_status(
 ) -> dict[str, Any]:
     """The `deployments` of `/status`: one entry a replica, or one for a deployment that has none.
 
-    RUNNING is said of a warm worker alone, because scripts use it as a gate.
+    A further task of theirs has an entry of its own, because nnsight looks for a model and a task. RUNNING is said of a warm worker alone, because scripts use it as a gate.
     """
     entries: dict[str, Any] = {}
     serving = [each for each in workers if not each.draining]
@@ -30,15 +30,14 @@ def nnsight_status(
         for worker in mine:
             state = "RUNNING" if worker.serves else "DEPLOYING"
             level = "HOT" if worker.serves else "WARM"
-            entries[f"{deployment.name}/{worker.peer.slot}"] = _entry(deployment, level, state) | {
-                "isolation": worker.facts.get("isolation"),
-                "dtype": deployment.dtype,
-                "commit": worker.facts.get("commit"),
-            }
+            replica = f"{deployment.name}/{worker.peer.slot}"
+            for name, entry in _entries(replica, deployment, level, state):
+                entries[name] = entry | _of_worker(worker, entry["task"])
         if not mine:
             provision, why = provisions[deployment.name]
             state = "NOT_STARTED" if provision is Provision.NONE else "DEPLOYING"
-            entries[deployment.name] = _entry(deployment, "WARM", state) | {"why": why}
+            for name, entry in _entries(deployment.name, deployment, "WARM", state):
+                entries[name] = entry | {"why": why}
     return entries
 
 
@@ -62,16 +61,31 @@ def processes(
     ]
 
 
-def _entry(deployment: Deployment, level: str, state: str) -> dict[str, Any]:
+def _entries(
+    name: str, deployment: Deployment, level: str, state: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key in deployment.model_keys:
+        entry = {
+            "deployment_level": level,
+            "application_state": state,
+            "model_key": key.render(),
+            "repo_id": key.repo_id,
+            "revision": key.revision,
+            "task": key.task,
+            "trust_remote_code": deployment.trust_remote_code,
+            "dtype": deployment.dtype,
+            "adapters": [each.repo_id for each in deployment.adapters],
+        }
+        yield name if key.task == deployment.task else f"{name} {key.task}", entry
+
+
+def _of_worker(worker: Worker, task: str) -> dict[str, Any]:
     return {
-        "deployment_level": level,
-        "application_state": state,
-        "model_key": deployment.model_key.render(),
-        "repo_id": deployment.repo_id,
-        "revision": deployment.revision,
-        "task": deployment.task,
-        "trust_remote_code": deployment.trust_remote_code,
-        "adapters": [each.repo_id for each in deployment.adapters],
+        "isolation": worker.facts.get("isolation"),
+        "device": worker.facts.get("device"),
+        "unverified": worker.facts.get("unverified", False),
+        "commit": worker.facts.get("commit"),
+        "random_weights": worker.facts.get("random_weights", {}).get(task, []),
     }
 
 
@@ -99,12 +113,15 @@ def _line(allocation: Allocation, worker: Worker | None, now: float) -> dict[str
             "progress": worker.progress,
             "paused_s": round(paused_s, 1),
             "isolation": worker.facts.get("isolation"),
+            "device": worker.facts.get("device"),
+            "unverified": worker.facts.get("unverified", False),
             "isolation_missing": worker.facts.get("isolation_missing", []),
             "executors": worker.executors,
             "leases": len(worker.leases),
             "running": sum(1 for each in worker.leases.values() if each.started_at is not None),
             "silent_s": round(now - worker.heard_at, 1),
             "versions": worker.facts.get("versions", {}),
+            "weights_bytes": worker.facts.get("weights_bytes"),
         }
     return line
 
@@ -123,6 +140,7 @@ def prospects(
     left_s: float | None,
     start_in_s: float | None,
     decision: Decision | None,
+    lead_s: float | None,
     others: Iterable[Allocation],
 ) -> dict[str, Any]:
     """What is to come of an allocation: its end, its successor, and why it waits; for `ps`."""
@@ -135,7 +153,15 @@ def prospects(
         "start_in_s": None if start_in_s is None else round(start_in_s, 1),
         "order_holder": row.order_holder,
         "successor": None if successor is None else successor.name,
+        "successor_due_s": _due_s(row, left_s, lead_s) if successor is None else None,
         "why": "" if decision is None else decision.why,
         "gap_s": 0.0 if decision is None else round(decision.gap_s, 1),
         "advice": "" if decision is None else decision.advice,
     }
+
+
+def _due_s(row: Allocation, left_s: float | None, lead_s: float | None) -> float | None:
+    """In how long its successor is ordered."""
+    if row.state not in RUNNING or left_s is None or lead_s is None:
+        return None
+    return round(max(0.0, left_s - lead_s), 1)

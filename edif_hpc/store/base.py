@@ -263,8 +263,8 @@ class Store(Protocol):
     def add_peers(self, peers: Sequence[Peer]) -> None:
         """Register keys of known allocations; `Conflict` if one was registered before."""
 
-    def peers(self) -> list[Peer]:
-        """All keys not revoked."""
+    def peers(self, *, revoked: bool = False) -> list[Peer]:
+        """All keys not revoked; with `revoked` those too, since attempts name who held them."""
 
     def revoke_peers(self, allocation_id: str, now: float) -> None:
         """Revoke the keys of an allocation that ended."""

@@ -302,9 +302,10 @@ class MemoryStore(SharedStore):
     def _insert_peer(self, peer: Peer) -> bool:
         return self._changing().peers.setdefault(peer.key, peer) is peer
 
-    def peers(self) -> list[Peer]:
-        """All keys not revoked."""
-        found = [each for each in self._reading().peers.values() if each.revoked_at is None]
+    def peers(self, *, revoked: bool = False) -> list[Peer]:
+        """All keys not revoked; with `revoked` those too."""
+        every = self._reading().peers.values()
+        found = [each for each in every if revoked or each.revoked_at is None]
         return sorted(found, key=lambda each: (each.created_at, each.key))
 
     def revoke_peers(self, allocation_id: str, now: float) -> None:

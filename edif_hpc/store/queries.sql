@@ -133,11 +133,11 @@ SELECT * FROM tokens ORDER BY created_at, id;
 
 -- insert_deployment --
 INSERT INTO deployments (
-    name, repo_id, revision, task, dtype, source, trust_remote_code, replicas, device, executors,
-    isolation_floor, adapters, site, gpu, gpus, walltime_min, up_at, created_at
+    name, repo_id, revision, task, more_tasks, dtype, source, trust_remote_code, replicas, device,
+    executors, isolation_floor, adapters, site, gpu, gpus, walltime_min, up_at, created_at
 ) VALUES (
-    :name, :repo_id, :revision, :task, :dtype, :source, :trust_remote_code, :replicas, :device,
-    :executors, :isolation_floor, :adapters, :site, :gpu, :gpus, :walltime_min, :up_at, :created_at
+    :name, :repo_id, :revision, :task, :more_tasks, :dtype, :source, :trust_remote_code, :replicas,
+    :device, :executors, :isolation_floor, :adapters, :site, :gpu, :gpus, :walltime_min, :up_at, :created_at
 )
 ON CONFLICT (name) DO NOTHING
 RETURNING name;
@@ -213,7 +213,7 @@ ON CONFLICT (key) DO NOTHING
 RETURNING key;
 
 -- peers --
-SELECT * FROM peers WHERE revoked_at IS NULL ORDER BY created_at, key;
+SELECT * FROM peers WHERE revoked_at IS NULL OR :revoked ORDER BY created_at, key;
 
 -- revoke_peers --
 UPDATE peers SET revoked_at = :now WHERE allocation = :allocation AND revoked_at IS NULL;

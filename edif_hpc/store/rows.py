@@ -214,14 +214,20 @@ def token_from(row: Row) -> Token:
 def deployment_params(deployment: Deployment) -> dict[str, Any]:
     """What `insert_deployment` binds."""
     adapters = json.dumps([asdict(each) for each in deployment.adapters])
-    return params(deployment) | {"adapters": adapters}
+    more_tasks = json.dumps(deployment.more_tasks)
+    return params(deployment) | {"adapters": adapters, "more_tasks": more_tasks}
 
 
 def deployment_from(row: Row) -> Deployment:
     """A deployment from its row."""
     adapters = tuple(Adapter(**each) for each in json.loads(row["adapters"]))
-    trusting = bool(row["trust_remote_code"])
-    return _plain(Deployment, row, trust_remote_code=trusting, adapters=adapters)
+    return _plain(
+        Deployment,
+        row,
+        more_tasks=tuple(json.loads(row["more_tasks"])),
+        trust_remote_code=bool(row["trust_remote_code"]),
+        adapters=adapters,
+    )
 
 
 def allocation_from(row: Row) -> Allocation:

@@ -369,9 +369,9 @@ class SqliteStore(SharedStore):
     def _insert_peer(self, peer: Peer) -> bool:
         return bool(self._write("insert_peer", rows.params(peer)))
 
-    def peers(self) -> list[Peer]:
-        """All keys not revoked."""
-        return [rows.peer_from(row) for row in self._read("peers")]
+    def peers(self, *, revoked: bool = False) -> list[Peer]:
+        """All keys not revoked; with `revoked` those too."""
+        return [rows.peer_from(row) for row in self._read("peers", revoked=revoked)]
 
     def revoke_peers(self, allocation_id: str, now: float) -> None:
         """Revoke the keys of an allocation that ended."""

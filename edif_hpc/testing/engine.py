@@ -28,8 +28,7 @@ from edif_hpc.worker.engine.values import (
 INFO = EngineInfo(
     commit="c0ffee",
     dtype="float32",
-    model_class="Tiny",
-    task="text-generation",
+    tasks={"text-generation": "Tiny"},
     persistent=(),
     attn_implementation="sdpa",
     python_version="3.11.9 (main)",

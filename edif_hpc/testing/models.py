@@ -26,6 +26,7 @@ SEED = 20240229
 VOCABULARY = 1024
 POSITIONS = 512
 END_TOKEN = "<|end|>"  # noqa: S105 - a word of the vocabulary
+MASK_TOKEN = "<|mask|>"  # noqa: S105 - likewise
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
@@ -113,7 +114,41 @@ def build_tiny_bert(path: Path, *, words: Sequence[str]) -> Path:
         max_position_embeddings=POSITIONS,
         pad_token_id=0,
     )
-    return _write(path, config, words)
+    return _write(path, config, words, kind="AutoModel")
+
+
+def build_masked_bert(path: Path) -> Path:
+    """Write a 2-layer, 64-wide BERT that fills masks; as many of its kind, it has no pooler."""
+    from transformers import BertConfig
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+    )
+    return _write(path, config, kind="AutoModelForMaskedLM", mask_token=MASK_TOKEN)
+
+
+def build_tiny_t5(path: Path) -> Path:
+    """Write a 2-layer, 64-wide T5: an encoder, and a decoder that writes."""
+    from transformers import T5Config
+
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _write(path, config, kind="AutoModelForSeq2SeqLM")
 
 
 def build_tiny_experts(path: Path, *, words: Sequence[str]) -> Path:
@@ -145,24 +180,29 @@ def gpt2_small_shape(path: Path) -> Path:
 
 
 def _write(
-    path: Path, config: PretrainedConfig, words: Sequence[str] = (), *, chat_template: str = ""
+    path: Path,
+    config: PretrainedConfig,
+    words: Sequence[str] = (),
+    *,
+    kind: str = "AutoModelForCausalLM",
+    chat_template: str = "",
+    mask_token: str | None = None,
 ) -> Path:
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
     path.mkdir(parents=True, exist_ok=True)
-    kind = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: PreTrainedModel = kind.from_config(config)
+        model: PreTrainedModel = getattr(transformers, kind).from_config(config)
     model.save_pretrained(path)
-    tokenizer = _tokenizer(words)
+    tokenizer = _tokenizer(words, mask_token)
     tokenizer.chat_template = chat_template or None
     tokenizer.save_pretrained(path)
     return path
 
 
-def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+def _tokenizer(words: Sequence[str], mask_token: str | None) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -171,7 +211,7 @@ def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[END_TOKEN],
+        special_tokens=[END_TOKEN, *([mask_token] if mask_token else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -183,4 +223,5 @@ def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         bos_token=END_TOKEN,
         eos_token=END_TOKEN,
         pad_token=END_TOKEN,
+        mask_token=mask_token,
     )

@@ -15,8 +15,10 @@ from edif_hpc.domain.deployment import (
     Deployment,
     ModelKey,
     check_env,
+    check_device,
     check_name,
     default_name,
+    each_task,
     find_deployment,
     parse_model_key,
 )
@@ -138,9 +140,26 @@ def test_what_a_deployment_serves(key: ModelKey, *, trusting: bool, served: bool
     assert replace(TINY, trust_remote_code=trusting).serves(key) is served
 
 
-def test_a_deployment_serves_its_own_key() -> None:
-    for each in [TINY, replace(TINY, revision="v2", trust_remote_code=True)]:
+def test_a_deployment_serves_its_own_keys() -> None:
+    several = replace(TINY, more_tasks=("feature-extraction", "fill-mask"))
+    for each in [TINY, several, replace(TINY, revision="v2", trust_remote_code=True)]:
         assert each.serves(each.model_key)
+        assert [key.task for key in each.model_keys] == [*each.tasks]
+        assert all(each.serves(key) for key in each.model_keys)
+    assert not several.serves(replace(KEY, task="text-classification"))
+
+
+def test_tasks_are_kept_once_and_by_the_name_that_clients_send() -> None:
+    named = ["sentiment-analysis", "fill-mask", "text-classification", "ner"]
+    assert each_task(named) == ("text-classification", "fill-mask", "token-classification")
+
+
+def test_the_tasks_that_are_served_are_listed() -> None:
+    several = replace(TINY, more_tasks=("fill-mask",), revision="v2")
+    with pytest.raises(
+        NotFound, match=r"edif/Tiny \(tasks text-generation and fill-mask, revision v2\)\."
+    ):
+        find_deployment(KEY, [several])
 
 
 @pytest.mark.parametrize("name", ["a", "7", "tiny-gpt2", "a" * 40])
@@ -184,3 +203,21 @@ def test_a_deployment_is_found_or_the_others_are_listed() -> None:
     )
     with pytest.raises(NotFound, match="Deployed: nothing yet"):
         find_deployment(KEY, [])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cpu:0"])
+def test_devices_that_are_served(device: str) -> None:
+    assert check_device(device) == device
+
+
+@pytest.mark.parametrize(
+    ("device", "executors", "said"),
+    [
+        ("cuda:0,1", 1, "over several GPUs is not served yet"),
+        ("rocm", 1, "cuda for one GPU of NVIDIA or AMD"),
+        ("cuda", 2, "one request at a time"),
+    ],
+)
+def test_devices_that_are_refused(device: str, executors: int, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        check_device(device, executors=executors)
