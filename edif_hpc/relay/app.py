@@ -162,7 +162,12 @@ class Relay:
                 blobs=blobs,
                 objects=objects,
                 signer=signer,
-                launching=LauncherApi(orders=core.orders, slots=core.slots, accounts=accounts),
+                launching=LauncherApi(
+                    orders=core.orders,
+                    slots=core.slots,
+                    accounts=accounts,
+                    addresses=self._addresses,
+                ),
             )
             self.server = http.serve(http.build_app(deps, extra_routes=self._routes), settings)
             self.router = Router(
@@ -173,8 +178,8 @@ class Relay:
             )
             core.attach(
                 self.router,
-                endpoint=settings.worker_endpoint or self.router.endpoint,
-                base_url=settings.worker_base_url or settings.public_url or self.server.url,
+                endpoint=self._endpoint,
+                base_url=self._base_url,
             )
             writer.start()
             await self._serve(writer, core)
@@ -185,6 +190,23 @@ class Relay:
     def stop(self) -> None:
         """End `run`. Requests stay queued, leases stay with their workers."""
         self._stopping.set()
+
+    @property
+    def _endpoint(self) -> str:
+        """Where peers dial."""
+        return self._settings.worker_endpoint or self.router.endpoint
+
+    @property
+    def _base_url(self) -> str:
+        """Where workers reach our HTTP."""
+        found = self._settings.worker_base_url or self._settings.public_url
+        return found or self.server.url
+
+    def _addresses(self) -> list[str]:
+        """URLs of all that a compute node has to reach."""
+        found = [self._endpoint, self._base_url]
+        store = self._settings.s3_worker_endpoint or self._settings.s3_endpoint
+        return [*found, store] if self._settings.s3_bucket and store else found
 
     async def _serve(self, writer: Writer, core: Core) -> None:
         tasks = {

@@ -9,7 +9,8 @@ can do nothing else. What it says is checked field by field; a listing that it c
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 from starlette.requests import Request as HttpRequest
@@ -21,6 +22,8 @@ from edif_hpc.errors import InvalidInput
 from edif_hpc.relay.accounts import Accounts, credential
 from edif_hpc.relay.answers import Json, read_json
 from edif_hpc.relay.jobs import JobLine
+from edif_hpc.relay.orders import Orders
+from edif_hpc.relay.slots import Slots
 
 Word = Annotated[str, Meta(min_length=1, max_length=100)]
 Detail = Annotated[str, Meta(max_length=8000)]
@@ -50,6 +53,14 @@ class Refused(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     detail: Detail = ""
 
 
+class Unheard(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An allocation whose pilot could not speak to the relay, in its own words."""
+
+    name: Word
+    node: Word
+    detail: Detail = ""
+
+
 class Report(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a launcher did and saw. `jobs` is one full, successful listing, or null."""
 
@@ -58,48 +69,32 @@ class Report(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     submitted: Annotated[list[Submitted], Meta(max_length=100)] = []
     refused: Annotated[list[Refused], Meta(max_length=100)] = []
     cancelled: Annotated[list[Word], Meta(max_length=1000)] = []
+    unheard: Annotated[list[Unheard], Meta(max_length=100)] = []
     jobs: Annotated[list[JobLine], Meta(max_length=MAX_LISTED)] | None = None
     detail: Detail = ""
-
-
-class Orders(Protocol):
-    """What is needed of the orders."""
-
-    async def fetch(self, site: str, launcher: str, limit: int) -> list[dict[str, Any]]:
-        """What to cancel and to submit."""
-
-    async def report(
-        self,
-        site: str,
-        launcher: str,
-        *,
-        submitted: list[tuple[str, str]],
-        refused: list[tuple[str, str, str]],
-        cancelled: list[str],
-        jobs: list[JobLine] | None,
-        detail: str,
-    ) -> None:
-        """What came of it."""
-
-
-class Slots(Protocol):
-    """What is needed of the slots."""
-
-    def explain(self, deployment: str, index: int) -> dict[str, Any]:
-        """Why a slot is as it is."""
 
 
 class LauncherApi:
     """The routes of launchers."""
 
-    def __init__(self, *, orders: Orders, slots: Slots, accounts: Accounts) -> None:
+    def __init__(
+        self,
+        *,
+        orders: Orders,
+        slots: Slots,
+        accounts: Accounts,
+        addresses: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         self._orders, self._slots, self._accounts = orders, slots, accounts
+        self._addresses = addresses
 
     def routes(self) -> list[BaseRoute]:
         """For the application; they come before the operator's, which end with everything below `/api`."""
         return [
             Route("/api/launcher/orders", self.fetch, methods=["POST"]),
             Route("/api/launcher/report", self.report, methods=["POST"]),
+            Route("/api/launcher/addresses", self.tell_addresses),
+            Route("/api/launchers", self.list_launchers),
             Route("/api/slots/{deployment}/{slot}", self.explain),
         ]
 
@@ -119,10 +114,21 @@ class LauncherApi:
             submitted=[(each.allocation, each.job_id) for each in told.submitted],
             refused=[(each.allocation, each.kind, each.detail) for each in told.refused],
             cancelled=told.cancelled,
+            unheard=[(each.name, each.node, each.detail) for each in told.unheard],
             jobs=told.jobs,
             detail=told.detail,
         )
         return Json({})
+
+    async def tell_addresses(self, http: HttpRequest) -> Response:
+        """URLs of all that a compute node has to reach, for a forwarder."""
+        self._may(http, Role.LAUNCHER, Role.OPERATOR)
+        return Json({"urls": self._addresses()})
+
+    async def list_launchers(self, http: HttpRequest) -> Response:
+        """The launcher last heard of, for each site."""
+        self._may(http, Role.OPERATOR)
+        return Json({"launchers": self._orders.heard()})
 
     async def explain(self, http: HttpRequest) -> Response:
         """Why a slot is as it is, with its generations."""

@@ -29,6 +29,7 @@ Attempt = Annotated[int, Meta(ge=1, le=1 << 31)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 Window = Annotated[int, Meta(ge=0, le=256)]
+HEARD = "heard"  #: the reason of an `Order` that answers an `Ordered`
 MAX_HELD = 1024  #: more than a window: a lease stays held until its `Done` is acknowledged
 
 
@@ -288,7 +289,7 @@ class Drain(Message, frozen=True, tag="drain"):
 class Order(Message, frozen=True, tag="order"):
     """The ticket of a successor: submit this allocation. Without an allocation there is nothing to submit, for `reason`.
 
-    The same, empty, answers an `Ordered`: it was heard.
+    The same, empty but for the reason `HEARD`, answers an `Ordered`.
     """
 
     allocation: Id | None = None
@@ -302,7 +303,6 @@ class Order(Message, frozen=True, tag="order"):
     walltime_min: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
     exclude: Annotated[list[Word], Meta(max_length=1000)] = []
     begin_after_s: Seconds = 0.0
-    isolation_floor: Word = ""
     reason: Text = ""
 
 

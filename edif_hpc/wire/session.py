@@ -186,6 +186,14 @@ class WorkerSession:
                 out += self._take_off(request, lease, "drained", LeaseEnd.DRAINED)
         return out + self._maybe_leave()
 
+    def cut_short(self, reason: str, end: LeaseEnd) -> list[Action]:
+        """There is no time left: give back what runs as well. A result that waits for its answer is kept to the last."""
+        out = self.drain(reason)
+        for request, lease in list(self._leases.items()):
+            if lease.done is None:
+                out += self._take_off(request, lease, reason, end)
+        return out + self._maybe_leave()
+
     def tick(self, now: float) -> list[Action]:
         """Time passed: beat, repeat what is unanswered, notice silence."""
         if self.link is Link.LEFT:

@@ -28,12 +28,14 @@ class Results:
         self._transfer, self._send, self._clock = transfer, send, clock
         self._rules, self._heartbeat_s = _RULES, HEARTBEAT_S
         self._files: dict[tuple[str, int], Path] = {}
-        self._asked: dict[tuple[str, int, int], asyncio.Future[m.Parts]] = {}
+        self._asked: dict[tuple[str, int, int], tuple[m.Need, asyncio.Future[m.Parts]]] = {}
 
     def welcomed(self, welcome: m.Welcome) -> None:
         """The relay said how it wants them."""
         self._rules = UploadRules(part_bytes=welcome.part_bytes, patience_s=welcome.patience_s)
         self._heartbeat_s = welcome.heartbeat_s
+        for need, _ in self._asked.values():  # what was asked on another connection may be lost
+            self._send(need)
 
     def uploading(self, request: str, attempt: int) -> Uploading:
         """The way up of one result."""
@@ -45,7 +47,7 @@ class Results:
 
     def arrived(self, parts: m.Parts) -> None:
         """URLs came."""
-        future = self._asked.get((parts.request, parts.attempt, parts.first))
+        _, future = self._asked.get((parts.request, parts.attempt, parts.first), (None, None))
         if future is not None and not future.done():
             future.set_result(parts)
 
@@ -65,11 +67,12 @@ class Results:
 
     async def _ask(self, request: str, attempt: int, first: int, count: int) -> m.Parts:
         key = (request, attempt, first)
+        need = m.Need(request=request, attempt=attempt, first=first, count=count)
         future: asyncio.Future[m.Parts] = asyncio.get_running_loop().create_future()
-        self._asked[key] = future
+        self._asked[key] = (need, future)
         try:
             while not future.done():
-                self._send(m.Need(request=request, attempt=attempt, first=first, count=count))
+                self._send(need)
                 # A question or its answer may be lost, so it is asked until it is answered.
                 await asyncio.wait({future}, timeout=2 * self._heartbeat_s)
         finally:

@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+from socksio import SOCKSError
 
 from edif_hpc.errors import EdifError, Unavailable
 
 _TIMEOUT = httpx.Timeout(30.0, read=300.0, write=60.0)
 _SHOWN_CHARS = 200
+#: What a transfer can fail with. httpx lets through what a proxy that hangs up makes of its SOCKS library.
+_FAILURES = (httpx.HTTPError, SOCKSError)
 
 
 class BlobDamaged(EdifError):
@@ -39,14 +42,17 @@ class Refused(Unavailable):
 
 
 class Transfer:
-    """One HTTP client for all transfers of a worker; `transport` replaces the network."""
+    """One HTTP client for all transfers of a worker. `proxy` is the URL of what they go through; `transport` replaces the network."""
 
     def __init__(
         self,
         timeout: httpx.Timeout = _TIMEOUT,
         transport: httpx.AsyncBaseTransport | None = None,
+        proxy: str | None = None,
     ) -> None:
-        self._http = httpx.AsyncClient(timeout=timeout, trust_env=True, transport=transport)
+        self._http = httpx.AsyncClient(
+            timeout=timeout, trust_env=True, transport=transport, proxy=proxy
+        )
 
     async def close(self) -> None:
         """Close its connections."""
@@ -75,7 +81,7 @@ class Transfer:
                         file.write(chunk)
                         digest.update(chunk)
                         count += len(chunk)
-        except httpx.HTTPError as error:
+        except _FAILURES as error:
             raise Unavailable(f"cannot fetch the request's bytes: {error!r}") from error
         if count != size_bytes or digest.hexdigest() != sha256:
             raise BlobDamaged(
@@ -95,7 +101,7 @@ class Transfer:
             response = await self._http.put(
                 url, content=body, headers={"content-length": str(size_bytes)}
             )
-        except httpx.HTTPError as error:
+        except _FAILURES as error:
             raise Unavailable(f"{where} does not take the result: {error!r}") from error
         if not response.is_success:
             told = " ".join(response.text.split())[:_SHOWN_CHARS]

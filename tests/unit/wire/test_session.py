@@ -247,6 +247,29 @@ def test_drain_gives_back_what_has_not_begun_and_waits_for_the_rest(
     assert session.received(UNKNOWN, 100.0) == []
 
 
+def test_when_the_time_is_over_what_runs_is_given_back_and_what_has_ended_is_not(
+    session: WorkerSession,
+) -> None:
+    for name in ("r1", "r2"):
+        session.received(grant(name), 1.0)
+        session.began(**lease(name))
+    session.finished(done("r2"), 2.0)
+    found = session.cut_short("walltime", LeaseEnd.WALLTIME)
+    assert kinds(found) == ["draining", "State", "Pull", "kill", "settled", "Return"]
+    assert sent(found)[-1] == m.Return(**lease("r1"), reason=LeaseEnd.WALLTIME)
+    last = session.received(m.Ack(**lease("r2"), accepted=True), 4.0)
+    assert kinds(last) == ["settled", "Goodbye", "leave"]
+
+
+def test_the_time_may_be_over_in_a_drain(session: WorkerSession) -> None:
+    session.received(grant("r1"), 1.0)
+    session.began(**lease("r1"))
+    session.drain("SIGTERM")
+    found = session.cut_short("preempted", LeaseEnd.PREEMPTED)
+    assert kinds(found) == ["kill", "settled", "Return", "Goodbye", "leave"]
+    assert session.cut_short("preempted", LeaseEnd.PREEMPTED) == []
+
+
 def test_drain_while_greeting_leaves_when_nothing_is_held(fresh: WorkerSession) -> None:
     assert kinds(fresh.drain("SIGTERM")) == ["draining", "leave"]
 
