@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from edif_hpc.errors import LaunchError, SlurmUnavailable, SubmitRefused, SubmitUnknown
-from edif_hpc.slurm.order import ContainerOrder, PilotOrder, write_order
+from edif_hpc.failpoints import Failpoints
+from edif_hpc.slurm.order import WORKER
+from edif_hpc.slurm.ordering import Ordering, Ticket
 from edif_hpc.slurm.site import Site
 from edif_hpc.slurm.status import JobLine
-from edif_hpc.slurm.submit import Submission, check_folder, submission_for
+from edif_hpc.slurm.submit import Submitter, check_folder
+from edif_hpc.slurm.unheard import find_words, forget_words
 
 _log = logging.getLogger(__name__)
 
@@ -48,13 +52,6 @@ class Scheduler(Protocol):
 
     def cancel(self, job_id: str, *, name: str) -> None:
         """End a job, if it has that name; `SlurmUnavailable` if it could not be told."""
-
-
-class Submitter(Protocol):
-    """How the site takes submissions."""
-
-    def submit(self, submission: Submission) -> str:
-        """Submit; `SubmitRefused` if there is no job, `SubmitUnknown` if there may be one."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +85,11 @@ class Launcher:
     relay: Relay
     scheduler: Scheduler
     submitter: Submitter
+    failpoints: Failpoints = field(default_factory=Failpoints)
+    worker_module: str = WORKER  #: what pilots are told to run as their worker
+    site_file: Path | None = (
+        None  #: where the site's facts are, for pilots that submit their successors
+    )
 
     def round(self) -> Round:
         """One round.
@@ -98,7 +100,10 @@ class Launcher:
         done = Round()
         jobs, trouble = self._list()
         done.listed = None if jobs is None else len(jobs)
-        self._report(jobs=jobs, detail=trouble)
+        words = find_words(self.site.state_dir)  # after the jobs: who has ended, has left them
+        unheard = {"unheard": msgspec.to_builtins(words)} if words else {}
+        self._report(jobs=jobs, detail=trouble, **unheard)
+        forget_words(self.site.state_dir, words)
         asked = {"site": self.site.name, "launcher": self.name, "limit": self._room(jobs)}
         for order in self.relay.post("/api/launcher/orders", asked)["orders"]:
             if order["kind"] == "cancel":
@@ -106,6 +111,16 @@ class Launcher:
             else:
                 self._submit(order, done)
         return done
+
+    @property
+    def _ordering(self) -> Ordering:
+        return Ordering(
+            site=self.site,
+            relay_url=self.relay.url,
+            submitter=self.submitter,
+            site_file=self.site_file,
+            worker_module=self.worker_module,
+        )
 
     def _list(self) -> tuple[list[JobLine] | None, str]:
         try:
@@ -117,13 +132,15 @@ class Launcher:
         """How many may be submitted now: none while it is not known how many wait."""
         if jobs is None:
             return 0
-        waiting = sum(each.state == "pending" for each in jobs)
+        # Those that were told to begin later are in nobody's way, and may be so for hours.
+        waiting = sum(e.state == "pending" and e.reason != "BeginTime" for e in jobs)
         return max(0, min(AT_A_TIME, self.site.limits.max_pending - waiting))
 
     def _submit(self, order: dict[str, Any], done: Round) -> None:
         name, allocation = order["name"], order["allocation"]
+        self.failpoints.hit("launcher.submit.before")
         try:
-            job_id = self.submitter.submit(self._submission(order))
+            job_id = self._ordering.submit(msgspec.convert(order, Ticket))
         except SubmitRefused as error:
             done.refused.append((name, str(error)))
             refused = {"allocation": allocation, "kind": error.kind, "detail": str(error)}
@@ -132,6 +149,7 @@ class Launcher:
             done.doubtful.append(name)
             self._report(detail=str(error))
         else:
+            self.failpoints.hit("launcher.submit.after")
             done.submitted.append((name, job_id))
             self._report(submitted=[{"allocation": allocation, "job_id": job_id}])
 
@@ -150,65 +168,10 @@ class Launcher:
         done.cancelled.append(order["name"])
         self._report(cancelled=[order["allocation"]])
 
-    def _submission(self, order: dict[str, Any]) -> Submission:
-        """What is submitted for an order, its order file written."""
-        name = order["name"]
-        folder = folder_of(self.site, name)
-        submission = submission_for(
-            self.site,
-            gpu=order["gpu"],
-            gpus=order["gpus"],
-            walltime_min=order["walltime_min"],
-            name=name,
-            order=folder / "pilot.order",
-            folder=folder,
-            exclude=tuple(order["exclude"]),
-            begin_after_s=order["begin_after_s"],
-        )
-        try:
-            check_folder(self.site.state_dir)
-            check_folder(folder)
-            write_order(submission.order, self._pilot_order(order))
-        except LaunchError as error:
-            raise SubmitRefused(str(error), kind="config") from error
-        except OSError as error:  # a full disk or quota: mended without us
-            raise SubmitRefused(f"no order can be written: {error}", kind="retry") from error
-        return submission
-
-    def _pilot_order(self, order: dict[str, Any]) -> PilotOrder:
-        return PilotOrder(
-            name=order["name"],
-            relay_url=self.relay.url,
-            join_token=order["join_token"],
-            scratch=f"{self.site.scratch}/edif-hpc-{os.getuid()}/{order['name']}",
-            engine=self.site.engine,
-            container=self._container(order["gpu"]),
-        )
-
-    def _container(self, gpu: str | None) -> ContainerOrder | None:
-        image = self.site.container
-        if image is None:
-            return None
-        kinds = [gpu] if gpu is not None else list(self.site.gpus)
-        return ContainerOrder(
-            image=image.image,
-            sha256=image.sha256,
-            apptainer=image.apptainer,
-            vendor=self.site.gpus[kinds[0]].vendor,
-            binds=image.binds,
-            env=image.env,
-            copies=f"{self.site.scratch}/edif-hpc-{os.getuid()}/images",
-        )
-
     def _report(self, *, jobs: Sequence[JobLine] | None = None, **more: Any) -> None:
         lines = None if jobs is None else [asdict(each) for each in jobs]
         body = {"site": self.site.name, "launcher": self.name, "jobs": lines} | more
         self.relay.post("/api/launcher/report", body)
-
-
-def folder_of(site: Site, name: str) -> Path:
-    """The folder of an allocation: its order, what submitit writes, its log."""
-    return site.state_dir / name
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The pilot's link to the relay: a greeting, heartbeats, reports about the worker, a goodbye.
+"""The pilot's link to the relay: a greeting, heartbeats, reports about the worker, the successor's ticket, a goodbye.
 
 Nothing here must not be lost: a report that the relay misses only means that it learns of a dead worker by an expired
 lease. So the link sends what it can and greets anew whenever the relay does not know it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from typing import Protocol
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import HEARTBEAT_S
@@ -21,13 +22,34 @@ from edif_hpc.wire.turns import UNKNOWN_SESSION
 _log = logging.getLogger(__name__)
 
 
+class Job(Protocol):
+    """What the scheduler says of this allocation's job."""
+
+    id: str | None
+    restarts: int
+
+    @property
+    def left_s(self) -> float | None:
+        """How much of its walltime is left."""
+
+
 class PilotLink:
     """One pilot's connection. Made on a running loop."""
 
-    def __init__(self, *, endpoint: str, server_key: str, keys: KeyPair, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        *,
+        endpoint: str,
+        server_key: str,
+        keys: KeyPair,
+        clock: Clock,
+        job: Job,
+    ) -> None:
+        self._clock, self._job = clock, job
+        self._orders: asyncio.Queue[m.Order] = asyncio.Queue()
         self._nonce = secrets.token_hex(8)
         self._refused = asyncio.Event()
+        self._parted = False
         self._heard_at = clock.monotonic()
         self._dealer = Dealer(
             endpoint=endpoint,
@@ -53,6 +75,16 @@ class PilotLink:
         self._hello()  # a relay that was started anew since our last beat does not know us
         self._send(m.Report(event=event, detail=detail[-8000:], nonce=nonce))
 
+    async def ask(self, message: m.Revive | m.Ordered, *, within_s: float) -> m.Order | None:
+        """Send what is answered with an `Order`, and wait for it; None if none comes in time."""
+        while not self._orders.empty():
+            self._orders.get_nowait()  # came too late for whom it was meant
+        self._send(message)
+        try:
+            return await asyncio.wait_for(self._orders.get(), timeout=within_s)
+        except TimeoutError:
+            return None
+
     async def goodbye(self, cause: str) -> None:
         """Leave for good."""
         self._beating.cancel()
@@ -61,9 +93,15 @@ class PilotLink:
         await self._dealer.close()
 
     def _hello(self) -> None:
-        self._send(
-            m.Hello(versions=sorted(m.SUPPORTED_VERSIONS), nonce=self._nonce, state="pilot")
+        hello = m.Hello(
+            versions=sorted(m.SUPPORTED_VERSIONS),
+            nonce=self._nonce,
+            state="pilot",
+            left_s=self._job.left_s,
+            job=self._job.id,
+            restart=self._job.restarts,
         )
+        self._send(hello)
 
     def _send(self, message: m.Message) -> None:
         self._dealer.send(codec.encode(message))
@@ -76,13 +114,15 @@ class PilotLink:
                 self._dealer.reconnect()
                 self._hello()
             else:
-                self._send(m.Renew())
+                self._send(m.Renew(left_s=self._job.left_s))
 
     def _received(self, frames: list[bytes]) -> None:
         self._heard_at = self._clock.monotonic()
         for frame in frames:
             message = codec.decode_from_relay(frame)
-            if isinstance(message, m.Refused):
+            if isinstance(message, m.Order):
+                self._orders.put_nowait(message)
+            elif isinstance(message, m.Refused):
                 if message.code == UNKNOWN_SESSION:
                     self._hello()
                 else:
@@ -94,7 +134,12 @@ class PilotLink:
                     self._refused.set()
 
     def _saw(self, event: LinkEvent, endpoint: str) -> None:
-        if event is LinkEvent.REFUSED:
+        if event is LinkEvent.DISCONNECTED:
+            self._parted = True
+        elif event is LinkEvent.CONNECTED and self._parted:
+            self._parted = False
+            self._hello()  # the relay does not know the new connection
+        elif event is LinkEvent.REFUSED:
             _log.error(
                 "the relay refuses this pilot's key",
                 extra={"event": "refused", "endpoint": endpoint},

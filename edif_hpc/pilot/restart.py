@@ -2,7 +2,7 @@
 
 A worker that drained, or that the relay refuses, is not. One that died is, after a pause that doubles while it dies young;
 after `MAX_YOUNG_DEATHS` in a row something is wrong that another start does not mend. One whose engine never started died
-young, however long it loaded.
+young, however long it loaded. Where less walltime is left than `WORTH_S`, the next generation serves sooner.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from edif_hpc.slurm.order import WorkerExit
 MAX_YOUNG_DEATHS = 5
 YOUNG_S = 60.0
 MAX_PAUSE_S = 30.0
+WORTH_S = 120.0  #: loading, and a request or two
 
 _CAUSES = {WorkerExit.DRAINED: "drained", WorkerExit.REFUSED: "refused by the relay"}
 
@@ -27,12 +28,16 @@ class Restart:
     young_deaths: int = 0
 
 
-def after_exit(before: Restart, *, code: int, lived_s: float, stopping: bool) -> Restart:
-    """Decide after one exit of the worker."""
+def after_exit(
+    before: Restart, *, code: int, lived_s: float, ending: str, left_s: float | None
+) -> Restart:
+    """Decide after one exit of the worker. `ending` is why the allocation ends; empty if it does not."""
+    if ending:
+        return Restart(cause=ending)
     if code in set(_CAUSES):
         return Restart(cause=_CAUSES[WorkerExit(code)])
-    if stopping:
-        return Restart(cause="stopped")
+    if left_s is not None and left_s < WORTH_S:
+        return Restart(cause=f"the worker died (exit code {code}) with {left_s:.0f} s left")
     died_young = lived_s < YOUNG_S or code == WorkerExit.ENGINE_FAILED
     young = before.young_deaths + 1 if died_young else 0
     if young >= MAX_YOUNG_DEATHS:

@@ -17,18 +17,20 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from edif_hpc.errors import LaunchError
+from edif_hpc.pilot.ending import CUT_SHORT, Ending
 from edif_hpc.pilot.staging import staged
 from edif_hpc.slurm import container
-from edif_hpc.slurm.order import ContainerOrder, PilotOrder, write_private
+from edif_hpc.slurm.order import SERVED, ContainerOrder, PilotOrder, write_private
 
 _log = logging.getLogger(__name__)
 
-KILL_AFTER_S = 60.0
+#: After it was to give back what it runs.
+KILL_AFTER_S = 5.0
 _TAIL_CHARS = 8000
 _READ_BYTES = 64 << 10
 
@@ -36,11 +38,19 @@ _READ_BYTES = 64 << 10
 class WorkerProcess:
     """One start of the worker."""
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
+    def __init__(self, process: Process, scratch: Path) -> None:
+        self._process, self._scratch = process, scratch
         self.pid = process.pid
         self.tail = ""  #: the end of what it said
         self._reading = asyncio.create_task(self._read(), name="read-worker")
+
+    @property
+    def requests(self) -> int:
+        """How many requests it ran, once it has ended; 0 if it was killed before it could say."""
+        try:
+            return int((self._scratch / SERVED).read_text())
+        except (OSError, ValueError):
+            return 0
 
     @classmethod
     async def start(
@@ -51,17 +61,18 @@ class WorkerProcess:
         Raises:
             LaunchError: its image is not to be had.
         """
+        scratch = order_file.with_name("worker")
         arguments = ["-u", "-P", "-m", order.worker_module, str(order_file)]
         if order.container is None:
             command = [sys.executable, *arguments, str(os.getpid()), nonce]
-            return cls(await _spawn(command, environ, stdin=DEVNULL))
+            return cls(await _spawn(command, environ, stdin=DEVNULL), scratch)
         arguments = [order.container.python, *arguments, "0", nonce]
         layout = _layout(order, order_file.parent)
         known = environ or {}
         image = await _prepare(order.container, layout, known)
         command = container.exec_argv(order.container, layout, image=image, command=arguments)
         host = container.host_environment(layout, known)
-        return cls(await _spawn(command, host, stdin=PIPE))
+        return cls(await _spawn(command, host, stdin=PIPE), scratch)
 
     async def ended(self) -> int:
         """Wait for its end; returns its exit code, negative for a signal. All that it said is in `tail` then."""
@@ -70,19 +81,18 @@ class WorkerProcess:
         await self._reading
         return code
 
-    async def end_on(self, *reasons: Awaitable[object]) -> None:
-        """Drain it when the first of `reasons` comes about; kill it if that takes too long."""
-        waits = [asyncio.ensure_future(each) for each in reasons]
+    async def end_with(self, ending: Ending) -> None:
+        """When the end begins, let it drain; when that takes too long, have it give back what it runs; then kill it."""
+        await ending.until_begun()
+        self._process.send_signal(signal.SIGTERM)
+        await ending.until_over()
+        _log.warning("the worker gives back what it runs", extra={"event": "worker_cut_short"})
+        self._process.send_signal(CUT_SHORT[ending.cause])
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            self._process.send_signal(signal.SIGTERM)
             await asyncio.wait_for(asyncio.shield(self._process.wait()), timeout=KILL_AFTER_S)
         except TimeoutError:
-            _log.warning("the worker did not drain in time", extra={"event": "worker_killed"})
+            _log.warning("the worker did not leave", extra={"event": "worker_killed"})
             self._kill_all()
-        finally:
-            for each in waits:
-                each.cancel()
 
     def _kill_all(self) -> None:
         """Kill what is left of its session; Apptainer's helpers have process groups of their own."""

@@ -30,6 +30,7 @@ from edif_hpc.store.writer import Writer
 _log = logging.getLogger(__name__)
 
 GONE: Final = "gone"
+NEVER_JOINED: Final = "its pilot could not join"
 #: An allocation that has ended leaves its job so much time to end by itself.
 _LEAVING_S: Final = 180.0
 
@@ -80,11 +81,14 @@ class Orders:
         refused: list[tuple[str, str, str]],
         cancelled: list[str],
         jobs: list[JobLine] | None,
+        unheard: list[tuple[str, str, str]] | None = None,
         detail: str = "",
     ) -> None:
         """What a launcher did and saw. `jobs` None: the scheduler could not be asked, so nothing is known."""
         self.launchers[site] = (launcher, self.clock.monotonic())
-        if jobs is not None:  # first: it was taken before what follows
+        for name, node, words in unheard or []:  # before their jobs are only found to be over
+            await self._never_joined(site, name, node, words)
+        if jobs is not None:  # before what follows: it was taken before that
             await self._listed(site, launcher, jobs)
         if detail:
             extra = {"event": "launcher_says", "site": site, "launcher": launcher}
@@ -95,6 +99,14 @@ class Orders:
             await self.refused(allocation_id, launcher, kind, detail)
         for allocation_id, job_id in submitted:
             await self.submitted(allocation_id, launcher, job_id)
+
+    def heard(self) -> dict[str, dict[str, Any]]:
+        """The launcher last heard of, for each site."""
+        now = self.clock.monotonic()
+        return {
+            site: {"name": name, "silent_s": round(now - at, 1)}
+            for site, (name, at) in self.launchers.items()
+        }
 
     # -- pilots --------------------------------------------------------------------------------------------------------
 
@@ -166,6 +178,12 @@ class Orders:
         refusals.until = self.clock.monotonic() + pause_s
         words = f"refused by the scheduler ({kind}), again in {pause_s / 60:.0f} min: {detail}"
         self.roll.adopt(replace(row, detail=words[:2000]))
+
+    async def _never_joined(self, site: str, name: str, node: str, words: str) -> None:
+        """Its pilot could not speak to us, and said why to the launcher."""
+        for row in self.roll.live():
+            if (row.site, row.name) == (site, name):
+                await self.roll.end(row.id, cause=NEVER_JOINED, detail=words, node=node)
 
     async def _cancelled(self, allocation_id: str) -> None:
         strays = [key for key in self._strays if key[0] == allocation_id]
@@ -284,7 +302,6 @@ class Orders:
             "walltime_min": row.walltime_min or 0,
             "exclude": list(self.governing.bad_nodes(row.site)),
             "begin_after_s": max(0.0, row.submitted_at + row.begin_after_s - now),
-            "isolation_floor": deployment.isolation_floor,
         }
 
     def _cancel_orders(self, site: str) -> list[dict[str, Any]]:

@@ -95,4 +95,4 @@ class Pilots:
         else:
             kind = told.refusal or "retry"
             await self.orders.refused(told.allocation, allocation, kind, told.detail)
-        answer(m.Order(reason="heard"))
+        answer(m.Order(reason=m.HEARD))

@@ -1,6 +1,6 @@
 """Orders: the 0600 files by which one process tells the next what to do, so that no secret is in an argv or environment.
 
-`PilotOrder` goes from whoever submits (the command line, later the launcher) to the pilot; `WorkerOrder` from the pilot to
+`PilotOrder` goes from whoever submits (the command line, the launcher, another pilot) to the pilot; `WorkerOrder` from the pilot to
 the worker. Both are JSON with checked fields. What comes back is an exit code, `WorkerExit`.
 """
 
@@ -10,13 +10,19 @@ import os
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from edif_hpc.errors import SettingsError
 
 Vendor = Literal["nvidia", "amd", "none"]
+RouteKind = Literal["direct", "socks", "connect", "login"]
+#: The worker that serves models; tests have others.
+WORKER: Final = "edif_hpc.worker.app"
+SERVED: Final = (
+    "served"  #: a file in the worker's scratch: how many requests it ran, when it ends in order
+)
 
 
 class WorkerExit(IntEnum):
@@ -56,6 +62,24 @@ class ContainerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     python: str = "/opt/edif-hpc/bin/python"  #: the image's interpreter
 
 
+class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a compute node gets out."""
+
+    kind: RouteKind = "direct"
+    proxy: str = ""  #: HOST:PORT
+    forward_file: str = ""  #: where the forwarder of a login node says where it is
+
+
+FORWARD_USER: Final = "edif"  #: the name that goes with the forwarder's secret
+
+
+class ForwardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the forwarder of a login node is, and what it wants to hear."""
+
+    address: str  #: HOST:PORT
+    secret: str
+
+
 class PilotOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a pilot is to do."""
 
@@ -64,10 +88,16 @@ class PilotOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     join_token: str
     scratch: str
     engine: EngineFacts = EngineFacts()
-    worker_module: str = "edif_hpc.worker.app"  #: what the pilot runs as its worker
+    route: Route = Route()
+    join_s: float = 120.0  #: how long the relay may be away when the pilot wants to join
+    worker_module: str = WORKER  #: what the pilot runs as its worker
     container: ContainerOrder | None = (
         None  #: without one the worker runs on the host, by the pilot's own Python
     )
+    #: of this allocation, for what is to be found later (`exit.json`); empty takes the scratch, and keeps it
+    folder: str = ""
+    term_s: float = 20.0  #: how long it may take to leave after SIGTERM
+    site_file: str = ""  #: the site's facts, to submit a successor by; empty if others do that
 
 
 class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +110,7 @@ class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     secret_key: str
     scratch: str
     engine: EngineFacts = EngineFacts()
+    proxy: str | None = None  #: URL of a SOCKS proxy for HTTP, where nodes need one
 
 
 def write_order(path: Path, order: msgspec.Struct) -> None:
@@ -103,6 +134,18 @@ def read_pilot_order(path: Path) -> PilotOrder:
 def read_worker_order(path: Path) -> WorkerOrder:
     """Read what `write_order` wrote; refuses a file that others may read."""
     return msgspec.json.decode(_private(path), type=WorkerOrder)
+
+
+def write_forward(path: Path, told: ForwardFile) -> None:
+    """Say it to pilots that may be reading at this moment."""
+    new = path.with_suffix(".new")
+    write_order(new, told)
+    new.replace(path)
+
+
+def read_forward(path: Path) -> ForwardFile:
+    """Read what `write_forward` wrote; refuses a file that others may read."""
+    return msgspec.json.decode(_private(path), type=ForwardFile)
 
 
 def _private(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 import msgspec
 
 from edif_hpc.errors import SettingsError
-from edif_hpc.slurm.order import EngineFacts, Vendor
+from edif_hpc.slurm.order import EngineFacts, Route, RouteKind, Vendor
 
 Scheduler = Literal["local", "slurm"]
 
@@ -38,6 +38,7 @@ _GRES = re.compile(r"[A-Za-z0-9_/.-]+(:[A-Za-z0-9_.-]+)?", re.ASCII)
 _OPTION = re.compile(r"[a-z][a-z-]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PLAIN = re.compile(r"[^\s\x00-\x1f]+")
+_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", re.ASCII)
 _LINE = re.compile(r"[^\n\x00]+")
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -86,10 +87,27 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         ""  #: the interpreter with edif-hpc, as nodes see it; empty takes the submitter's own
     )
     setup: tuple[str, ...] = ()  #: lines of bash before the pilot, after /etc/profile
+    route: RouteKind = "direct"  #: how compute nodes get out to the relay
+    proxy: str = ""  #: HOST:PORT of what the route goes through
+    compute_may_submit: bool = (
+        True  #: whether sbatch works on compute nodes, so that pilots may submit their successors
+    )
+    kill_wait_s: int = 30  #: from SIGTERM to SIGKILL: KillWait of `scontrol show config`
     container: Container | None = None
     engine: EngineFacts = EngineFacts()  #: where models come from, and how much of a node is used
     gpus: Mapping[str, Gpu] = {}
     limits: Limits = Limits()
+
+    @property
+    def forward_file(self) -> Path:
+        """Where the forwarder on a login node says where it is."""
+        return self.state_dir / "forward.json"
+
+    @property
+    def way_out(self) -> Route:
+        """The route, as pilots are told."""
+        found = str(self.forward_file) if self.route == "login" else ""
+        return Route(kind=self.route, proxy=self.proxy, forward_file=found)
 
 
 def load_site(path: Path) -> Site:
@@ -192,6 +210,9 @@ class _Reader:
             raise self._wrong(
                 "gpus", "is missing; a Slurm site needs at least one table [gpus.NAME]"
             )
+        self._check_route(site)
+        if site.kill_wait_s < 1:
+            raise self._wrong("kill_wait_s", f"is {site.kill_wait_s}; it must be 1 or more")
         for line in site.setup:
             self._must(_LINE, "setup", line, "one line for each entry")
         if site.container is not None and site.container.sha256 is not None:
@@ -199,6 +220,18 @@ class _Reader:
         for name, value in msgspec.structs.asdict(site.limits).items():
             if value < 1:
                 raise self._wrong(f"limits.{name}", f"is {value}; it must be 1 or more")
+
+    def _check_route(self, site: Site) -> None:
+        if site.proxy:
+            self._must(_HOST_PORT, "proxy", site.proxy, "HOST:PORT")
+        if site.route in ("socks", "connect") and not site.proxy:
+            raise self._wrong(
+                "proxy", f"is missing; the route {site.route!r} needs it, as HOST:PORT"
+            )
+        if site.route == "direct" and site.proxy:
+            raise self._wrong(
+                "proxy", f"is {site.proxy!r}, but the route is 'direct'; set route too, or neither"
+            )
 
     def _must(self, pattern: re.Pattern[str], where: str, text: str, what: str) -> None:
         if pattern.fullmatch(text) is None:

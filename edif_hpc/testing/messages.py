@@ -78,7 +78,6 @@ FROM_RELAY: list[m.FromRelay] = [
         walltime_min=60,
         exclude=["n1"],
         begin_after_s=90.0,
-        isolation_floor="process",
         reason="",
     ),
     m.Beat(),

@@ -32,7 +32,7 @@ import httpx
 from edif_hpc.domain.deployment import DEFAULT_TASK, Deployment
 from edif_hpc.relay.app import init_data_dir
 from edif_hpc.settings import RelaySettings
-from edif_hpc.slurm.order import ContainerOrder, EngineFacts, PilotOrder, write_order
+from edif_hpc.slurm.order import ContainerOrder, EngineFacts, PilotOrder, Route, write_order
 from edif_hpc.slurm.submit import LocalSubmitter, Submission
 from edif_hpc.testing.hub import serve_hub
 from edif_hpc.testing.operator import Operator, Unexpected
@@ -47,6 +47,11 @@ WARM_S: Final = 180.0
 DRAIN_S: Final = 30.0
 _PORTS = range(10_000, 32_000)  # below the range that outgoing connections take theirs from
 _REPOSITORY = Path(__file__).parents[2]
+#: Of our environment; the last ones lead to a GPU's driver and choose devices.
+_KEPT = (
+    "PATH", "HOME", "LANG",
+    "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+)  # fmt: skip
 _NOOP = "edif_hpc.testing.noop_worker"
 
 
@@ -87,6 +92,9 @@ class Stack:
     engine: EngineFacts = field(default_factory=EngineFacts)
     container: ContainerOrder | None = None  #: what workers run in
     user: str | None = None  #: whom pilots run as, if we are root
+    host: str = "127.0.0.1"  #: the address of this machine that the relay listens on
+    route: Route = field(default_factory=Route)  #: how allocations reach it
+    term_s: float = 20.0  #: how long an allocation may take to leave after SIGTERM
     moved_clock: bool = False  #: let `clock_file` move the relay's wall clock
     relay: subprocess.Popen[bytes] | None = None
     url: str = ""
@@ -103,7 +111,7 @@ class Stack:
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ports = (free_port(), free_port())
-        self.url = f"http://127.0.0.1:{self._ports[0]}"
+        self.url = f"http://{self.host}:{self._ports[0]}"
         if self.models:
             self.hub = self._exit.enter_context(serve_hub(self.models))
         if self.user is not None:
@@ -182,7 +190,8 @@ class Stack:
         """Start it, and do not wait."""
         told = {"log_level": "info", "failpoints": failpoints, **self.settings, **settings}
         http, zmq = self._ports
-        told |= {"data_dir": self.data_dir, "port": http, "worker_bind": f"tcp://127.0.0.1:{zmq}"}
+        told |= {"data_dir": self.data_dir, "host": self.host, "port": http}
+        told |= {"worker_bind": f"tcp://{self.host}:{zmq}"}
         environ = child_environ() | {
             f"EDIF_RELAY_{name.upper()}": str(value) for name, value in told.items()
         }
@@ -316,6 +325,8 @@ class Stack:
             scratch=str(folder / "scratch"),
             engine=EngineFacts(**facts),
             container=self.container,
+            route=self.route,
+            term_s=self.term_s,
             **noop,
         )
         write_order(folder / "order", order)
@@ -359,7 +370,7 @@ class Stack:
 
 def child_environ() -> dict[str, str]:
     """What a child gets of our environment."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return kept | {"PYTHONPATH": str(_REPOSITORY), "EDIF_CONFIG": os.devnull}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ SETTINGS = {"lease_s": LEASE_S, "heartbeat_s": 0.25, "poll_hold_s": 0.1}
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A relay with a movable clock and one worker without a model."""
     with Stack(
-        root=tmp_path_factory.mktemp("faults"), settings=SETTINGS, moved_clock=True
+        root=tmp_path_factory.mktemp("faults"), settings=SETTINGS, moved_clock=True, term_s=1.0
     ) as stack:
         stack.deploy()
         stack.launch(engine="noop")
@@ -182,6 +183,25 @@ def test_relay_and_worker_die_together(serving: Stack, client: RawClient) -> Non
     assert client.result(client.ended(request_id)) == result_of(blob)
     assert attempts(serving, request_id) == ["expired", "completed"]
     serving.bury(gone)
+
+
+def test_what_a_preempted_allocation_runs_goes_on_elsewhere(
+    serving: Stack, client: RawClient
+) -> None:
+    """It is given back before the node is taken, and counts against nobody."""
+    blob = Task(name="preempted", seconds=4.0).blob()
+    request_id = client.send(blob)
+    wait_until(lambda: client.poll(request_id).status == "RUNNING", 30, "it runs")
+    [gone] = serving.allocations
+    [pilot] = serving.processes("pilot")
+    os.kill(pilot.pid, signal.SIGTERM)
+    wait_until(lambda: attempts(serving, request_id)[0], 30, "the lease ends")
+    assert attempts(serving, request_id)[0] == "preempted"
+    serving.bury(gone)
+    serving.launch(engine="noop")
+    assert client.result(client.ended(request_id)) == result_of(blob)
+    record = json.loads((gone.folder / "scratch" / "exit.json").read_text())
+    assert record["cause"].startswith("the scheduler ended it")
 
 
 def test_a_worker_dies_while_it_uploads(serving: Stack, client: RawClient) -> None:

@@ -477,11 +477,16 @@ class SessionMachine(RuleBasedStateMachine):
         self.begun.append(lease)
         assert self.faults or not earlier, "executed twice although nothing went wrong"
 
-    @rule(slot=st.sampled_from(SLOTS))
-    def signal(self, slot: int) -> None:
-        """SIGUSR2: the walltime ends."""
+    @rule(slot=st.sampled_from(SLOTS), over=st.booleans())
+    def signal(self, slot: int, *, over: bool) -> None:
+        """The walltime ends, or is over."""
         worker = self.worker(slot)
-        if worker is not None:
+        if worker is None:
+            return
+        if over:
+            self.faults = True
+            worker.do(worker.session.cut_short("SIGUSR1", LeaseEnd.WALLTIME))
+        else:
             worker.do(worker.session.drain("SIGUSR2"))
 
     @rule(slot=st.sampled_from(SLOTS), reported=st.sampled_from(["", "now", "wrongly"]))

@@ -11,9 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edif_hpc.slurm.order import ContainerOrder, read_worker_order
+from edif_hpc.pilot.ending import CUT_SHORT, SIGNALLED
+from edif_hpc.slurm.order import ContainerOrder, Route, read_worker_order
 from edif_hpc.store.sqlite import SqliteStore
 from edif_hpc.testing.client_process import ClientProcess
+from edif_hpc.testing.node import serve_connect
 from edif_hpc.testing.pilots import give
 from edif_hpc.testing.processes import Process
 from edif_hpc.testing.stack import Allocation, Stack
@@ -29,6 +31,12 @@ TRACE = """
 with model.trace("The container is", remote=True):
     hidden = model.transformer.h[1].output[0].save()
 report(shape=list(hidden.shape))
+"""
+LARGE_TRACE = """
+import torch
+with model.trace("The result is", remote=True):
+    large = torch.zeros(600_000).save()
+report(count=len(large))
 """
 
 
@@ -81,6 +89,38 @@ def test_it_serves_and_drains(stack: Stack, tmp_path: Path) -> None:
     assert allocation.pilot is not None
     allocation.pilot.send_signal(signal.SIGTERM)
     wait_until(lambda: gone(stack), WAIT_S, "the container has drained")
+    assert allocation.pilot.wait() == 0
+    assert (record(allocation)["cause"], record(allocation)["worker_starts"]) == (SIGNALLED, 1)
+    assert record(allocation)["requests"] == 1
+
+
+def test_the_pilots_way_out_is_the_containers(stack: Stack, tmp_path: Path) -> None:
+    """The model, the request and a large result go through a proxy: the container shares the node's network."""
+    with serve_connect("127.0.0.1", tmp_path) as proxy:
+        stack.route = Route(kind="connect", proxy=proxy.address)
+        stack.launch(slots=1)
+        stack.wait_warm()
+        with ClientProcess(
+            stack.client_environ(stack.token("ada")), tmp_path / "client"
+        ) as client:
+            client.run(PROLOGUE)
+            assert client.run(LARGE_TRACE)["count"] == 600_000
+        asked = (tmp_path / "tinyproxy-events.log").read_text()
+        hub = stack.hub.removeprefix("http://")
+        for where in (hub, f"127.0.0.1:{stack.port}"):
+            assert f"CONNECT {where} " in asked
+        stack.drain()
+
+
+@pytest.mark.parametrize("number", sorted(set(CUT_SHORT.values())))
+def test_the_end_of_its_time_is_told_through_the_container(
+    stack: Stack, number: signal.Signals
+) -> None:
+    (allocation,) = stack.launch(slots=1)
+    stack.wait_warm()
+    os.kill(os.getsid(the("worker", stack).pid), number)
+    wait_until(lambda: gone(stack), WAIT_S, "the worker has left in order")
+    assert allocation.pilot is not None
     assert allocation.pilot.wait() == 0
     assert (record(allocation)["cause"], record(allocation)["worker_starts"]) == ("drained", 1)
 

@@ -19,8 +19,9 @@ from edif_hpc.errors import (
     Unavailable,
 )
 from edif_hpc.launcher.daemon import serve
-from edif_hpc.launcher.runtime import Launcher, folder_of, only_one
+from edif_hpc.launcher.runtime import Launcher, only_one
 from edif_hpc.slurm.order import read_pilot_order
+from edif_hpc.slurm.ordering import folder_of
 from edif_hpc.slurm.site import Container, Gpu, Site
 from edif_hpc.slurm.status import JobLine
 from edif_hpc.slurm.submit import Submission
@@ -29,7 +30,6 @@ NAME = "edif-gpt2-0-3-abcdef01"
 ORDER = {
     "kind": "submit", "allocation": "abcdef0123456789", "name": NAME, "join_token": "secret", "deployment": "gpt2",
     "slot": 0, "generation": 3, "gpu": "a6000", "gpus": 1, "walltime_min": 60, "exclude": ["bad1"], "begin_after_s": 5.0,
-    "isolation_floor": "full",
 }  # fmt: skip
 CANCEL = {
     "kind": "cancel", "allocation": "abcdef0123456789", "name": NAME, "job_id": None, "reason": "drained",
@@ -43,10 +43,13 @@ class FakeRelay:
     url: str = "https://relay.example.edu"
     failing: list[Exception] = field(default_factory=list)
 
+    limits: list[int] = field(default_factory=list)  #: how many orders were asked for each time
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         if self.failing:
             raise self.failing.pop(0)
         if path.endswith("/orders"):
+            self.limits.append(body["limit"])
             return {"orders": self.orders}
         self.reports.append(body)
         return {}
@@ -139,6 +142,20 @@ def test_an_order_becomes_a_job_and_the_relay_hears_its_id(bench: Bench) -> None
     assert reported["jobs"] is None
 
 
+def test_a_node_that_has_left_the_cluster_need_not_be_left_out(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    outcomes = iter([SubmitRefused("sbatch: error: Invalid node name specified", kind="config")])
+
+    def outcome() -> str:
+        for error in outcomes:
+            raise error
+        return "17"
+
+    bench.submitter.outcome = outcome
+    assert bench.launcher.round().submitted == [(NAME, "17")]
+    assert [each.exclude for each in bench.submitter.taken] == [("bad1",), ()]
+
+
 def test_the_order_of_the_pilot_is_for_its_owner_alone(bench: Bench) -> None:
     bench.relay.orders = [ORDER]
     bench.launcher.round()
@@ -191,6 +208,19 @@ def test_a_folder_that_others_may_write_is_refused(bench: Bench) -> None:
     bench.launcher.round()
     (refused,) = bench.relay.reports[-1]["refused"]
     assert "others may write" in refused["detail"]
+
+
+def test_jobs_that_begin_later_leave_room_for_others(bench: Bench) -> None:
+    later, waits = "BeginTime", "Priority"
+    for reasons in ([], [later] * 9, [later, waits, waits, waits], [waits] * 9):
+        bench.scheduler.jobs = [
+            JobLine(name=f"edif-{number}", job_id=str(number), state="pending", reason=reason)
+            for number, reason in enumerate(reasons)
+        ]
+        bench.launcher.round()
+    bench.scheduler.jobs = None
+    bench.launcher.round()
+    assert bench.relay.limits == [4, 4, 1, 0, 0]
 
 
 def test_a_job_whose_id_nobody_reported_is_cancelled_by_its_name(bench: Bench) -> None:

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from edif_hpc.clock import SystemClock
 from edif_hpc.errors import LaunchError
 from edif_hpc.pilot.app import main
+from edif_hpc.pilot.ending import REFUSED, SIGNALLED, WALLTIME
 from edif_hpc.pilot.runtime import Pilot
 from edif_hpc.slurm.order import (
     EngineFacts,
@@ -112,10 +113,16 @@ def scratch(tmp_path: Path) -> Path:
     return tmp_path / "scratch"
 
 
-def pilot(relay: FakeRelay, scratch: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Pilot:
-    """A pilot whose worker is a script."""
+def pilot(
+    relay: FakeRelay,
+    scratch: Path,
+    script: str,
+    monkeypatch: pytest.MonkeyPatch,
+    **environ: str,
+) -> Pilot:
+    """A pilot whose worker is a script; `environ` is more than this process's own."""
     modules = scratch.parent / "modules"
-    modules.mkdir()
+    modules.mkdir(exist_ok=True)
     (modules / "scripted_worker.py").write_text(WORKER + script)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(modules), *filter(None, sys.path)]))
     order = PilotOrder(
@@ -126,7 +133,7 @@ def pilot(relay: FakeRelay, scratch: Path, script: str, monkeypatch: pytest.Monk
         engine=EngineFacts(threads=3),
         worker_module="scripted_worker",
     )
-    return Pilot(order=order, clock=SystemClock())
+    return Pilot(order=order, clock=SystemClock(), environ=dict(os.environ) | environ)
 
 
 def starts(scratch: Path) -> list[dict[str, str]]:
@@ -140,12 +147,17 @@ async def started(scratch: Path, count: int = 1) -> None:
 async def test_a_worker_that_drains(
     relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "(folder / 'order').write_text(pathlib.Path(order).read_text()); print('bye')"
+    script = """
+(folder / "order").write_text(pathlib.Path(order).read_text())
+(folder / "worker").mkdir()
+(folder / "worker" / "served").write_text("7")
+print("bye")
+"""
     assert await pilot(relay, scratch, script, monkeypatch).run() == "drained"
     (start,) = starts(scratch)
     assert start["pilot"] == os.getpid()
     record = json.loads((scratch / "exit.json").read_text())
-    assert (record["cause"], record["worker_starts"]) == ("drained", 1)
+    assert (record["cause"], record["worker_starts"], record["requests"]) == ("drained", 1, 7)
 
     (joined,) = relay.joins
     copy = scratch / "order"
@@ -191,6 +203,28 @@ async def test_a_worker_that_is_refused_is_not_started_again(
     assert len(starts(scratch)) == 1
 
 
+async def test_a_node_is_named_as_its_scheduler_names_it(
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad nodes are excluded by that name; Slurm refuses a job that excludes one it does not know."""
+    one = pilot(relay, scratch, "", monkeypatch)
+    await one.run()
+    one = pilot(relay, scratch, "", monkeypatch, SLURMD_NODENAME="a6000-0")
+    await one.run()
+    assert [each["node"] for each in relay.joins] == [os.uname().nodename, "a6000-0"]
+
+
+async def test_a_warning_is_no_end_where_the_end_is_known(
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = str(int(SystemClock().wall()) + 150)
+    one = pilot(relay, scratch, "", monkeypatch, SLURM_JOB_END_TIME=end)
+    one.signalled(signal.SIGUSR2)
+    assert not one.ending.begun
+    one.signalled(signal.SIGTERM)
+    assert one.ending.begun
+
+
 async def test_a_signal_drains_the_worker(
     relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,8 +236,8 @@ signal.pause()
     one = pilot(relay, scratch, script, monkeypatch)
     running = asyncio.create_task(one.run())
     await wait_until_async((scratch / "ready").exists, WAIT_S, "the worker runs")
-    one.stop()
-    assert await running == "drained"
+    one.signalled(signal.SIGTERM)
+    assert await running == SIGNALLED
     assert len(starts(scratch)) == 1
 
 
@@ -211,8 +245,20 @@ async def test_a_signal_before_the_worker_starts(
     relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = pilot(relay, scratch, "", monkeypatch)
-    one.stop()
-    assert await one.run() == "stopped"
+    one.signalled(signal.SIGUSR2)
+    assert await one.run() == WALLTIME
+    assert starts(scratch) == []
+
+
+async def test_a_signal_while_the_relay_is_away(
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay.answers = [503] * 1000
+    one = pilot(relay, scratch, "", monkeypatch)
+    running = asyncio.create_task(one.run())
+    await wait_until_async(lambda: relay.joins, WAIT_S, "it tries to join")
+    one.signalled(signal.SIGTERM)
+    assert await asyncio.wait_for(running, WAIT_S) == SIGNALLED
     assert starts(scratch) == []
 
 
@@ -222,8 +268,8 @@ async def test_a_signal_while_the_worker_is_to_be_started_again(
     one = pilot(relay, scratch, "sys.exit(5)", monkeypatch)
     running = asyncio.create_task(one.run())
     await started(scratch, 3)
-    one.stop()
-    assert await running == "stopped"
+    one.signalled(signal.SIGTERM)
+    assert await running == SIGNALLED
 
 
 async def test_a_line_of_any_length_is_read(
@@ -253,7 +299,7 @@ signal.pause()
     await wait_until_async((scratch / "ready").exists, WAIT_S, "the worker runs")
     refused = m.Refused(code="not_authenticated", detail="this key was revoked")
     relay.router.send(relay.routes[0], codec.encode(refused))
-    assert await running == "stopped"
+    assert await running == REFUSED
     assert len(starts(scratch)) == 1
 
 
@@ -269,7 +315,7 @@ async def test_a_relay_that_forgot_the_pilot_is_greeted_again(
     hellos = lambda: [each for each in relay.heard if isinstance(each, m.Hello)]  # noqa: E731
     await wait_until_async(lambda: len(hellos()) == 2, WAIT_S, "a second hello")
     await started(scratch)
-    one.stop()
+    one.signalled(signal.SIGTERM)
     await running
 
 
@@ -322,7 +368,9 @@ signal.pause()
     assert not order.exists(), "the join token is for one use"
     process.send_signal(number)
     assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
-    assert json.loads((scratch / "exit.json").read_text())["cause"] == "drained"
+    warning = number in {signal.SIGUSR1, signal.SIGUSR2}
+    cause = json.loads((scratch / "exit.json").read_text())["cause"]
+    assert cause == (WALLTIME if warning else SIGNALLED)
 
 
 async def test_a_killed_pilot_takes_its_worker_along(

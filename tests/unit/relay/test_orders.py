@@ -9,7 +9,7 @@ import pytest
 from edif_hpc.domain.allocation import AllocationState
 from edif_hpc.domain.governor import BACK_OFF_S, WINDOW_S
 from edif_hpc.domain.order import ORDER_LEASE_S
-from edif_hpc.errors import InvalidInput, NotAuthenticated
+from edif_hpc.errors import InvalidInput, NotAuthenticated, NotFound
 from edif_hpc.relay.jobs import LISTINGS_APART_S
 from edif_hpc.relay.orders import GONE
 from edif_hpc.testing.slots import NAME, SILENT_S, SITE, SlotRelay, line
@@ -50,7 +50,7 @@ async def test_an_order_tells_all_that_a_launcher_needs(relay: SlotRelay) -> Non
     assert order == {
         "kind": "submit", "allocation": row.id, "name": row.name, "join_token": order["join_token"],
         "deployment": NAME, "slot": 0, "generation": 1, "gpu": None, "gpus": 1, "walltime_min": 60,
-        "exclude": [], "begin_after_s": 0.0, "isolation_floor": "process",
+        "exclude": [], "begin_after_s": 0.0,
     }  # fmt: skip
     assert (row.state, row.order_holder) == (A.ORDERED, "login1")
     assert order["join_token"] not in repr(relay.store._committed), "a token is never stored"
@@ -244,7 +244,20 @@ async def test_a_refusal_for_good_pauses_until_up(relay: SlotRelay) -> None:
     assert (await fetch(relay))[0]["generation"] == 2
 
 
-async def test_three_deaths_pause_and_bad_nodes_are_left_out(relay: SlotRelay) -> None:
+async def test_a_node_where_two_died_is_left_out_of_orders(relay: SlotRelay) -> None:
+    for warm, cause in [(True, "drained"), (False, "gone"), (False, "gone")]:
+        relay.clock.advance(WINDOW_S)
+        await relay.slots.reconcile()
+        (order,) = await fetch(relay)
+        await relay.runs(order, warm=warm)
+        await relay.fleet.end(order["allocation"], cause=cause)
+    relay.clock.advance(WINDOW_S)
+    await relay.slots.reconcile()
+    assert relay.slots.explain(NAME, 0)["excluded_nodes"] == ("n1",)
+    assert (await fetch(relay))[0]["exclude"] == ["n1"]
+
+
+async def test_three_deaths_pause(relay: SlotRelay) -> None:
     for _ in range(3):
         relay.clock.advance(WINDOW_S)
         await relay.slots.reconcile()
@@ -259,10 +272,10 @@ async def test_three_deaths_pause_and_bad_nodes_are_left_out(relay: SlotRelay) -
     told = relay.slots.explain(NAME, 0)
     assert "3 allocations in a row" in told["why"]
     assert "no such image" in told["why"]
-    assert told["excluded_nodes"] == ("n1",)
+    assert told["excluded_nodes"] == (), "it was warm nowhere: it is not the node"
     await relay.up()
     await relay.slots.reconcile()
-    assert (await fetch(relay))[0]["exclude"] == ["n1"]
+    assert (await fetch(relay))[0]["exclude"] == []
 
 
 async def test_down_cancels_what_waits_and_stays_down(relay: SlotRelay) -> None:
@@ -372,3 +385,11 @@ async def test_on_the_local_site_the_operator_submits_the_first() -> None:
     assert relay.row(order.id).state is A.SUBMITTED
     await relay.runs({**made, "allocation": order.id})
     assert relay.row(order.id).state is A.WARM
+
+
+async def test_a_slot_is_known_as_soon_as_it_is_wanted(relay: SlotRelay) -> None:
+    """Whoever says `up` and looks at once sees a slot of which nothing was decided yet."""
+    await relay.fleet.allocate(NAME, site=SITE, walltime_min=60, slots=2)
+    assert relay.slots.explain(NAME, 1)["generations"] == []
+    with pytest.raises(NotFound, match="it wants 2 replicas"):
+        relay.slots.explain(NAME, 2)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.errors import SettingsError
+from edif_hpc.slurm.order import Route
 from edif_hpc.slurm.site import load_site
 
 PROFILES = Path(__file__).parents[3] / "slurm"
@@ -47,6 +48,19 @@ def test_the_engine_has_a_table(tmp_path: Path) -> None:
         load_site(write(tmp_path, text.replace("hub_cache", "cache")))
 
 
+def test_a_route_is_told_to_pilots(tmp_path: Path) -> None:
+    def way_out(text: str) -> Route:
+        return load_site(write(tmp_path, TOP + text + GPU)).way_out
+
+    assert way_out("") == Route()
+    socks = way_out('route = "socks"\nproxy = "proxy.here:1080"\n')
+    assert socks == Route(kind="socks", proxy="proxy.here:1080")
+    file = "/shared/edif/forward.json"
+    assert way_out('route = "login"\n') == Route(kind="login", forward_file=file)
+    other = way_out('route = "login"\nproxy = "[fd00::1]:3128"\n')
+    assert other == Route(kind="login", proxy="[fd00::1]:3128", forward_file=file)
+
+
 def test_a_home_is_expanded(tmp_path: Path) -> None:
     site = load_site(write(tmp_path, TOP.replace("/shared", "~") + GPU))
     assert site.state_dir == Path("~/edif").expanduser()
@@ -69,8 +83,12 @@ def test_a_home_is_expanded(tmp_path: Path) -> None:
         (TOP + 'gpus = "a6000"\n', "gpus", "must be a table"),
         (TOP.replace("slurm", "pbs") + GPU, "scheduler", "use one of: local, slurm"),
         (TOP.replace("/shared", "shared") + GPU, "state_dir", "absolute"),
-        (TOP + 'route = "socks"\n' + GPU, "route", "no such key"),
+        (TOP + 'route = "ssh"\n' + GPU, "route", "use one of: direct, socks, connect, login"),
+        (TOP + 'route = "socks"\n' + GPU, "proxy", "needs it, as HOST:PORT"),
+        (TOP + 'route = "connect"\nproxy = "http://a:1"\n' + GPU, "proxy", "must be HOST:PORT"),
+        (TOP + 'proxy = "a:1"\n' + GPU, "proxy", "but the route is 'direct'"),
         (TOP + 'setup = ["a\\nb"]\n' + GPU, "setup", "one line"),
+        (TOP + "kill_wait_s = 0\n" + GPU, "kill_wait_s", "1 or more"),
         (TOP + GPU + "[limits]\nmax_pending = 0\n", "limits.max_pending", "1 or more"),
         (TOP + GPU + '[container]\nimage = "i"\nsha256 = "12"\n', "container.sha256", "64 hex"),
         (TOP + GPU + "[container]\n", "container", "missing required field `image`"),
