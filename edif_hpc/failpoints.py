@@ -38,6 +38,8 @@ KNOWN: Final[Mapping[str, str]] = MappingProxyType(
         "relay.send.grant.after": "a grant has been handed to the socket",
         "relay.send.done.before": "a DONE is committed, its acknowledgement is not sent",
         "relay.send.done.after": "the acknowledgement of a DONE has been handed to the socket",
+        "launcher.submit.before": "an order is fetched, nothing is submitted",
+        "launcher.submit.after": "the scheduler has a job that the relay was not told of",
         "worker.run.before": "a granted request is about to enter an executor",
         "worker.run.after": "an executor has answered, nobody else knows",
         "worker.send.done.before": "an outcome is about to be sent to the relay",

@@ -137,6 +137,12 @@ class RelaySettings(Settings):
     heartbeat_s: float = 5.0
     #: so long before the end of its walltime a worker is given nothing that would not have ended, and leaves
     end_margin_s: float = 95.0
+    #: how long a job is expected to wait in a site's queue, until enough were seen there
+    first_wait_s: float = 600.0
+    #: how long a worker is expected to take from its job's start until it is warm, until enough were seen
+    first_warmup_s: float = 180.0
+    #: so much earlier than it probably takes a successor is ordered
+    lead_margin_s: float = 120.0
     #: how many jobs may be submitted to one site in ten minutes
     submits_per_10_min: int = 4
     #: the real Hub behind `/hub`, such as https://huggingface.co; None answers only for what is here
@@ -165,6 +171,11 @@ class RelaySettings(Settings):
         if self.submits_per_10_min < 1:
             raise SettingsError(
                 f"relay: submits_per_10_min is {self.submits_per_10_min}; it must be at least 1"
+            )
+        if self.lead_margin_s < self.end_margin_s:
+            raise SettingsError(
+                f"relay: lead_margin_s ({self.lead_margin_s}) is below end_margin_s ({self.end_margin_s}): "
+                "a worker would leave before its successor is there"
             )
         if self.default_wall_s > self.max_wall_s:
             raise SettingsError(

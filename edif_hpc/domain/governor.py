@@ -7,7 +7,8 @@ Three brakes, each pure: past facts in, permission out.
 - `permit`: after an allocation that died before it was warm, the next one waits: not at all after the first, then 1, 5, 15,
   60 minutes. The third in a row pauses the deployment until an operator says `up` again; so does a submission that the
   scheduler will never take. One allocation that gets warm clears the count.
-- `bad_nodes`: a node where two died within a day is left out.
+- `bad_nodes`: a node where two died within a day is left out, unless their deployments got warm nowhere: then it is not the node,
+  and leaving it out would in the end leave out the whole cluster.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Trial:
 
     at: float
     warm: bool
+    deployment: str = ""
     cause: str = ""
     node: str | None = None
     final: bool = False  #: trying again cannot help
@@ -76,7 +78,12 @@ class Trial:
 def trial_of(allocation: Allocation) -> Trial | None:
     """What an allocation says about its deployment; None while it is open, or when we ended it ourselves."""
     if allocation.warm_at is not None:
-        return Trial(at=allocation.warm_at, warm=True, node=allocation.node)
+        return Trial(
+            at=allocation.warm_at,
+            warm=True,
+            deployment=allocation.deployment,
+            node=allocation.node,
+        )
     cause = allocation.cause or "unknown"
     if allocation.ended_at is None or cause in _WANTED_ENDS:
         return None
@@ -85,6 +92,7 @@ def trial_of(allocation: Allocation) -> Trial | None:
     return Trial(
         at=allocation.ended_at,
         warm=False,
+        deployment=allocation.deployment,
         cause=words[-_WORDS:],
         node=allocation.node,
         final=cause == REFUSED,
@@ -133,10 +141,12 @@ def permit(trials: Iterable[Trial], *, now: float, since: float) -> Permit:
 
 
 def bad_nodes(trials: Iterable[Trial], *, now: float) -> tuple[str, ...]:
-    """Nodes to leave out: where several allocations died lately."""
+    """Nodes to leave out: where several allocations died lately, of deployments that got warm elsewhere."""
+    lately = [each for each in trials if now - each.at < BAD_NODE_S]
+    sound = {each.deployment for each in lately if each.warm}
     deaths = Counter(
         each.node
-        for each in trials
-        if each.node is not None and not each.warm and now - each.at < BAD_NODE_S
+        for each in lately
+        if each.node is not None and not each.warm and each.deployment in sound
     )
     return tuple(sorted(node for node, count in deaths.items() if count >= BAD_NODE_DEATHS))

@@ -22,7 +22,16 @@ WAIT_PRIOR_S = 600.0
 WARMUP_PRIOR_S = 180.0
 LEAD_MARGIN_S = 120.0
 _ENOUGH = 5
-_KEPT = 50
+_KEPT = 15  #: so that a queue that has emptied is believed after a dozen jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """What is expected before anything was seen; an operator who knows the site may say so."""
+
+    wait_s: float = WAIT_PRIOR_S
+    warmup_s: float = WARMUP_PRIOR_S
+    margin_s: float = LEAD_MARGIN_S  #: of the lead; stays, however much is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +41,12 @@ class Times:
     wait_s: float = WAIT_PRIOR_S  #: in the scheduler's queue, p80
     warmup_s: float = WARMUP_PRIOR_S  #: from the job's start until warm, p90
     request_s: float = PRIOR_S  #: one request, p90
+    margin_s: float = LEAD_MARGIN_S
 
     @property
     def lead_s(self) -> float:
         """How long before the end of a generation its successor is ordered."""
-        return self.wait_s + self.warmup_s + self.request_s + LEAD_MARGIN_S
+        return self.wait_s + self.warmup_s + self.request_s + self.margin_s
 
 
 def learn(
@@ -46,6 +56,7 @@ def learn(
     site: str,
     request_s: float,
     waiting_s: Iterable[float] = (),
+    priors: Priors | None = None,
 ) -> Times:
     """Expected times, from all allocations known (the oldest first).
 
@@ -55,14 +66,16 @@ def learn(
         site: where it is to run.
         request_s: p90 of its requests.
         waiting_s: how long its pending allocations have waited until now.
+        priors: what stands in for times that were not seen; None is a cautious guess.
     """
+    priors = priors or Priors()
     here = [each for each in past if each.site == site]
     own = [each for each in here if each.deployment == deployment]
     waits = _waits(own)
     if len(waits) < _ENOUGH:
         others = [each for each in here if each.deployment != deployment]
         waits = [*_waits(others)[-(_ENOUGH - len(waits)) :], *waits]
-    wait_s = _quantile(waits, 8, prior=WAIT_PRIOR_S)
+    wait_s = _quantile(waits, 8, prior=priors.wait_s)
     longer = [each for each in waiting_s if each > wait_s]
     warmups = [
         each.warm_at - each.started_at
@@ -71,8 +84,9 @@ def learn(
     ]
     return Times(
         wait_s=max(longer, default=wait_s),
-        warmup_s=_quantile(warmups, 9, prior=WARMUP_PRIOR_S),
+        warmup_s=_quantile(warmups, 9, prior=priors.warmup_s),
         request_s=request_s,
+        margin_s=priors.margin_s,
     )
 
 

@@ -10,6 +10,7 @@ generation, must be warm. Per slot there is at most one successor at a time:
     the end comes first     DRAIN when too little is left for any request
     a limit on running jobs keeps the successor waiting: DRAIN once no typical request fits, so that it may begin
     more than one successor, or a slot that nobody wants: CANCEL what waits, DRAIN what runs
+    it can never start as it was asked for, and an operator has asked anew: CANCEL
 
 The lead is learned (`domain.learning`). If it is as long as the walltime, a successor is ordered as soon as its predecessor
 starts, and even so the slot will be empty for a while: `gap_s` says how long, `advice` how many replicas hide it.
@@ -79,6 +80,7 @@ class Wanted:
     walltime_s: float | None
     permit: Permit = field(default_factory=Permit)
     margin_s: float = END_MARGIN_S  #: so long before its end a worker leaves
+    up_s: float = math.inf  #: since an operator last said `up`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,7 @@ def _keep(
     ends: Iterable[float],
 ) -> tuple[tuple[Action, ...], str]:
     if incumbent.pending:
-        return _pending(incumbent, wanted.permit)
+        return _pending(incumbent, wanted)
     left_s = incumbent.left_s
     if left_s is None:
         return (), "serves without an end"
@@ -235,7 +237,7 @@ def _hand_over(
     """The old one serves on until the new one is warm, unless that one waits for it to end."""
     if not successor.pending:
         return (), f"serves until generation {successor.generation} is warm"
-    withdrawn, waits = _pending(successor, wanted.permit)
+    withdrawn, waits = _pending(successor, wanted)
     if withdrawn:
         return withdrawn, f"serves; {waits}"
     blocked = understand(successor.reason).kind is Hindrance.LIMIT
@@ -248,10 +250,17 @@ def _hand_over(
     return (), f"serves; generation {successor.generation} {waits}"
 
 
-def _pending(member: Member, permit: Permit) -> tuple[tuple[Action, ...], str]:
-    """One that has not begun waits; an order that nobody has taken is withdrawn when it is not permitted any more."""
-    if member.state is AllocationState.ORDERED and not (member.held or permit.granted):
-        why = _not_permitted(permit)
+def _pending(member: Member, wanted: Wanted) -> tuple[tuple[Action, ...], str]:
+    """One that has not begun waits, or is withdrawn.
+
+    An order that nobody has taken is, when it is not permitted any more; so is a job that can never start as it was asked
+    for, once an operator has said what else he wants.
+    """
+    if member.state is AllocationState.ORDERED and not (member.held or wanted.permit.granted):
+        why = _not_permitted(wanted.permit)
+        return (Cancel(allocation=member.allocation, why=why),), why
+    if member.age_s > wanted.up_s and understand(member.reason).kind is Hindrance.NEVER:
+        why = f"it cannot start as it was asked for ({member.reason}), and `up` was said since"
         return (Cancel(allocation=member.allocation, why=why),), why
     return (), waits_for(member)
 

@@ -12,6 +12,7 @@ test, and in a model of a lossy network with a clock that a test moves.
 from __future__ import annotations
 
 from edif_hpc.clock import Clock
+from edif_hpc.domain.learning import Priors
 from edif_hpc.domain.lease import LeaseClock
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.objects.base import ObjectStore
@@ -76,7 +77,18 @@ class Core:
             clock=clock,
             silent_s=settings.lease_s,
         )
-        self.slots = Slots(fleet=self.fleet, orders=self.orders, governing=governing, clock=clock)
+        priors = Priors(
+            wait_s=settings.first_wait_s,
+            warmup_s=settings.first_warmup_s,
+            margin_s=settings.lead_margin_s,
+        )
+        self.slots = Slots(
+            fleet=self.fleet,
+            orders=self.orders,
+            governing=governing,
+            clock=clock,
+            priors=priors,
+        )
         telling = Telling(
             clock=clock,
             objects=objects,

@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain import governor, learning, succession
 from edif_hpc.domain.allocation import PENDING, Allocation, AllocationState
 from edif_hpc.domain.deployment import Deployment
-from edif_hpc.domain.learning import Times
+from edif_hpc.domain.learning import Priors, Times
 from edif_hpc.domain.pending import understand
 from edif_hpc.domain.succession import Cancel, Decision, Drain, Member, Order, Slot, Wanted
 from edif_hpc.errors import EdifError, NotFound
@@ -43,6 +43,7 @@ class Slots:
     orders: Orders
     governing: Governing
     clock: Clock
+    priors: Priors = field(default_factory=Priors)
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
@@ -74,7 +75,7 @@ class Slots:
         known = self.fleet.deployment(deployment)
         decision = self.fleet.decisions.get((deployment, index))
         rows = [each for each in self.fleet.history() if each.place == (deployment, index)]
-        if decision is None and not rows:
+        if decision is None and not rows and index >= known.replicas:
             raise NotFound(f"{deployment} has no slot {index}; it wants {known.replicas} replicas")
         times = self.fleet.expected.get(deployment, Times())
         return {
@@ -82,6 +83,7 @@ class Slots:
             "slot": index,
             "site": known.site,
             "up": known.up_at is not None,
+            "paused": known.up_at is not None and self.governing.permit(known).paused,
             "why": "" if decision is None else decision.why,
             "advice": "" if decision is None else decision.advice,
             "gap_s": 0.0 if decision is None else decision.gap_s,
@@ -91,7 +93,7 @@ class Slots:
                 "request_s": times.request_s,
                 "lead_s": times.lead_s,
             },
-            "launcher": self._launcher(known.site),
+            "launcher": self.orders.heard().get(known.site or ""),
             "excluded_nodes": self.governing.bad_nodes(known.site) if known.site else (),
             "generations": [self._generation(each) for each in rows[-_NOTED_EVENTS:]],
         }
@@ -136,6 +138,7 @@ class Slots:
             walltime_s=60.0 * deployment.walltime_min,
             permit=self.governing.permit(deployment),
             margin_s=self.fleet.margin_s,
+            up_s=self.clock.wall() - deployment.up_at,
         )
 
     def _times(self, name: str, site: str | None) -> Times:
@@ -151,6 +154,7 @@ class Slots:
             site=site or "",
             request_s=self.fleet.times(name).p90_s,
             waiting_s=waiting,
+            priors=self.priors,
         )
 
     def _member(self, row: Allocation) -> Member:
@@ -199,13 +203,6 @@ class Slots:
             _note("ordered", row.id, f"{row.name}, {row.walltime_min} min")
 
     # -- words ---------------------------------------------------------------------------------------------------------
-
-    def _launcher(self, site: str | None) -> dict[str, Any] | None:
-        heard = self.orders.launchers.get(site or "")
-        if heard is None:
-            return None
-        name, at = heard
-        return {"name": name, "silent_s": round(self.clock.monotonic() - at, 1)}
 
     def _generation(self, row: Allocation) -> dict[str, Any]:
         job = self.fleet.jobs.of(row.id) if row.ended_at is None else None

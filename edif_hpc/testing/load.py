@@ -9,18 +9,35 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import httpx
 from websockets.exceptions import WebSocketException
 
+from edif_hpc.clock import SystemClock
 from edif_hpc.testing.raw_client import RawClient, RawSession, Told
 from edif_hpc.testing.wait import wait_until
 from edif_hpc.testing.work import Piece, Work
 
 HONEST: Final = frozenset({"crash"})
 RECOVERY_S: Final = 180.0
+_CLOCK: Final = SystemClock()
 _AWAY = (httpx.TransportError, WebSocketException, OSError, EOFError, TimeoutError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """When a request was sent and when its client had its result; wall clock."""
+
+    sent_at: float
+    ended_at: float
+    runs_s: float  #: how long it runs by itself
+
+    @property
+    def delay_s(self) -> float:
+        """What it took beyond its own run."""
+        return self.ended_at - self.sent_at - self.runs_s
 
 
 class Load:
@@ -28,6 +45,7 @@ class Load:
 
     def __init__(self, client: RawClient, work: Work, *, clients: int, seed: int) -> None:
         self.right: dict[str, Callable[[bytes], bool]] = {}
+        self.took: list[Took] = []
         self.faults: list[str] = []
         self.sent_again = 0
         self._client, self._work = client, work
@@ -63,8 +81,8 @@ class Load:
 
     def _poll(self, chance: random.Random) -> None:
         while not self._stop.is_set():
-            piece = self._work.piece(chance)
-            self._check(self._client.ended(self._sent(piece, None), RECOVERY_S), piece)
+            piece, at = self._work.piece(chance), _CLOCK.wall()
+            self._check(self._client.ended(self._sent(piece, None), RECOVERY_S), piece, at)
 
     def _listen(self, chance: random.Random) -> None:
         """One socket for many requests, so that a second end of one would be seen."""
@@ -83,6 +101,7 @@ class Load:
 
     def _listen_once(self, session: RawSession, piece: Piece, ended: set[str]) -> bool:
         """Send one and hear its end; False if the socket broke."""
+        at = _CLOCK.wall()
         request_id = self._sent(piece, session)
         if not request_id:
             return False
@@ -90,13 +109,13 @@ class Load:
             try:
                 told = session.next(RECOVERY_S)
             except _AWAY:
-                self._check(self._client.ended(request_id, RECOVERY_S), piece)
+                self._check(self._client.ended(request_id, RECOVERY_S), piece, at)
                 return False
             if told.id in ended:
                 self.faults.append(f"{told.id}: a {told.status} frame after its end")
             if told.id == request_id and told.ended:
                 ended.add(told.id)
-                self._check(told, piece)
+                self._check(told, piece, at)
                 return True
 
     def _sent(self, piece: Piece, session: RawSession | None) -> str:
@@ -118,13 +137,15 @@ class Load:
                 self.right[request_id] = piece.right
                 return request_id
 
-    def _check(self, end: Told, piece: Piece) -> None:
+    def _check(self, end: Told, piece: Piece, sent_at: float) -> None:
         if end.status == "ERROR":
             if end.kind not in HONEST:
                 self.faults.append(f"{end.id}: ended with {end.kind}: {end.description}")
             return
         if not piece.right(self._fetched(end)):
             self.faults.append(f"{end.id}: its client was given a wrong result")
+        took = Took(sent_at=sent_at, ended_at=_CLOCK.wall(), runs_s=piece.runs_s)
+        self.took.append(took)
 
     def _fetched(self, end: Told) -> bytes:
         def attempt() -> tuple[bytes] | None:

@@ -40,6 +40,7 @@ from edif_hpc.worker.engine.values import (
 RUNS: Final = MappingProxyType(
     {"user": FailureKind.USER, "crash": FailureKind.CRASH, "oom": FailureKind.OOM}
 )
+_PIECES: Final = 16
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +49,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""  #: makes the blob, and so the result, different from others
     seconds: float = 0.0  #: how long it runs
     result_bytes: int = 64
+    grows: bool = False  #: a large result is written, and goes up, while it runs
     log: str = ""  #: a line that it prints
     fails: str = ""  #: user, crash or oom: how it fails; worker: it kills the whole worker
     padding: str = ""  #: makes the blob large
@@ -82,8 +84,7 @@ class NoopEngine:
         return EngineInfo(
             commit=None,
             dtype="none",
-            model_class="none",
-            task=None,
+            tasks={},
             persistent=(),
             attn_implementation=None,
             python_version=sys.version,
@@ -105,8 +106,12 @@ class NoopEngine:
         task = _task(blob)
         if task.log:
             on_log(task.log)
-        if task.seconds:
-            await asyncio.sleep(min(task.seconds, job.limits.wall_s))
+        file = self._scratch / f"result-{job.request_id}-{job.attempt}"
+        seconds = min(task.seconds, job.limits.wall_s)
+        if task.grows:
+            await _write_slowly(file, result_of(blob), seconds, on_written)
+        elif seconds:
+            await asyncio.sleep(seconds)
         if task.fails == "worker":
             os.kill(os.getpid(), signal.SIGKILL)
         if task.fails:
@@ -120,13 +125,25 @@ class NoopEngine:
             return Saved(
                 inline=result, file=None, size=len(result), meta={"runtime": task.seconds}
             )
-        file = self._scratch / f"result-{job.request_id}-{job.attempt}"
-        await asyncio.to_thread(file.write_bytes, result)
+        if not task.grows:
+            await asyncio.to_thread(file.write_bytes, result)
         on_written(file, len(result))
         return Saved(inline=None, file=file, size=len(result), meta={"runtime": task.seconds})
 
     async def stop(self) -> None:
         """Nothing to end."""
+
+
+async def _write_slowly(
+    file: Path, result: bytes, seconds: float, on_written: Callable[[Path, int], None]
+) -> None:
+    """Write a result piece by piece, and say how much of it is final each time."""
+    step = -(-len(result) // _PIECES)
+    with file.open("wb", buffering=0) as out:
+        for start in range(0, len(result), step):
+            await asyncio.sleep(seconds / _PIECES)
+            out.write(result[start : start + step])
+            on_written(file, min(start + step, len(result)))
 
 
 def _noop(order: WorkerOrder) -> MakeEngine:

@@ -1,6 +1,6 @@
 """A real Slurm for tests: a controller and three nodes of Debian's own packages, on one machine.
 
-Two partitions: `a6000` with two nodes and `mi300x` with one, of two (pretended) GPUs each, which Slurm hands out as it would
+Two partitions: `a6000` with two nodes and `mi300x` with one, of two (pretended) GPUs each or more, which Slurm hands out as it would
 real ones: by type, through an environment variable, and with a cgroup around each allocation where the machine has them.
 Every limit is five minutes. All daemons listen on the loopback at free ports, know each other by a key of their own, and
 die with whoever started them, so that any number of clusters can run side by side. Jobs run as an ordinary user.
@@ -30,6 +30,7 @@ from edif_hpc.errors import LaunchError
 from edif_hpc.slurm.commands import Runner, clean
 from edif_hpc.slurm.order import Vendor
 from edif_hpc.slurm.site import Gpu, Site
+from edif_hpc.testing.debian import PartMissing, install_packages, run
 from edif_hpc.testing.processes import processes_of
 from edif_hpc.testing.stack import free_port
 from edif_hpc.testing.wait import wait_until
@@ -38,6 +39,9 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "munged")
 USER = "nobody"
 MAX_MIN = 5
+KILL_WAIT_S = 3
+#: There is one, for jobs that ask for it: a limit on how many of them run.
+LICENSE = "seat"
 _CGROUPS = ("memory", "devices", "freezer", "cpuacct")
 _START_S = 60.0
 _STOP_S = 20.0
@@ -68,7 +72,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 PropagateResourceLimits=NONE
 JobRequeue=1
-KillWait=3
+KillWait={kill_wait}
 CompleteWait=0
 MinJobAge=5
 SlurmctldTimeout=60
@@ -80,16 +84,13 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf
 PriorityType=priority/basic
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
+Licenses={license}:1
 """
 _IN_CGROUPS = (
     "ProctrackType=proctrack/cgroup\nTaskPlugin=task/cgroup\nJobAcctGatherType=jobacct_gather/none"
 )
 _IN_NO_CGROUPS = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none"
 _CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainRAMSpace=yes\nConstrainDevices=yes\n"
-
-
-class SlurmMissing(LaunchError):
-    """Slurm's packages are not installed and this user cannot install them, or cannot run them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ class SlurmCluster:
     """A running cluster."""
 
     root: Path
+    gpus: int = 2  #: of each node
     user: str = USER
     tag: str = field(default_factory=lambda: secrets.token_hex(3))
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -171,6 +173,7 @@ class SlurmCluster:
             name="test-cluster",
             scheduler="slurm",
             state_dir=self.root / "home" / "state",
+            kill_wait_s=KILL_WAIT_S,
             gpus=gpus,
         )
 
@@ -223,14 +226,7 @@ class SlurmCluster:
 
     def admin(self, *command: str) -> str:
         """Run a command as the administrator; returns what it says."""
-        done = subprocess.run(
-            command, env=clean(self._admin_environ), capture_output=True, text=True, timeout=_START_S, check=False
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise LaunchError(
-                f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
-            )
-        return done.stdout
+        return run(command, env=clean(self._admin_environ), timeout_s=_START_S)
 
     # -- life ------------------------------------------------------------------------------------------------------------
 
@@ -286,20 +282,22 @@ class SlurmCluster:
         host = os.uname().nodename.partition(".")[0]
         in_cgroups = all(Path(f"/sys/fs/cgroup/{each}").is_mount() for each in _CGROUPS)
         conf = _CONF.format(
-            host=host, port=free_port(), root=self.root, tracking=_IN_CGROUPS if in_cgroups else _IN_NO_CGROUPS
+            host=host, port=free_port(), root=self.root, tracking=_IN_CGROUPS if in_cgroups else _IN_NO_CGROUPS,
+            license=LICENSE,
+            kill_wait=KILL_WAIT_S,
         )  # fmt: skip
         gres = "AutoDetect=off\n"
         for kind, facts in _KINDS.items():
-            for number in range(2):
+            for number in range(self.gpus):
                 # No driver answers here; not the number of a device that anybody needs, since access to it is taken away.
                 device = os.makedev(facts.major, number)
                 os.mknod(self.root / "dev" / f"{kind}-{number}", 0o020666, device)
             for node in self.nodes[kind]:
                 conf += (
                     f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
-                    f"CPUs=8 RealMemory=64000 Gres=gpu:{kind}:2 State=UNKNOWN\n"
+                    f"CPUs={max(8, self.gpus)} RealMemory=64000 Gres=gpu:{kind}:{self.gpus} State=UNKNOWN\n"
                 )
-                gres += f"NodeName={node} Name=gpu Type={kind} File={self.root}/dev/{kind}-[0-1] Flags={facts.flag}\n"
+                gres += f"NodeName={node} Name=gpu Type={kind} File={self.root}/dev/{kind}-[0-{self.gpus - 1}] Flags={facts.flag}\n"
             conf += f"PartitionName={kind} Nodes={','.join(self.nodes[kind])} DefaultTime=1 MaxTime={MAX_MIN} DefMemPerCPU=500 State=UP\n"
         self.conf.write_text(conf)
         (self.root / "gres.conf").write_text(gres)
@@ -346,41 +344,24 @@ class SlurmCluster:
 
 
 @contextmanager
-def serve_slurm(root: Path) -> Iterator[SlurmCluster]:
+def serve_slurm(root: Path, *, gpus: int = 2) -> Iterator[SlurmCluster]:
     """Start a cluster with its files below `root`, which everybody must be able to reach; end it afterwards.
 
+    Each node has so many GPUs, and eight cores or as many.
+
     Raises:
-        SlurmMissing: the packages are missing and cannot be installed, or this is not root.
+        PartMissing: the packages are missing and cannot be installed, or this is not root.
         LaunchError: a daemon did not start.
     """
-    _install()
-    cluster = SlurmCluster(root=root)
+    if os.geteuid() != 0:
+        raise PartMissing("a real Slurm runs jobs as another user, so it must be started by root")
+    install_packages(*PACKAGES, programs=PROGRAMS)
+    cluster = SlurmCluster(root=root, gpus=gpus)
     with ExitStack() as ending:
         ending.callback(shutil.rmtree, root, ignore_errors=True)
         ending.callback(cluster.stop)
         cluster.start()
         yield cluster
-
-
-def _install() -> None:
-    if os.geteuid() != 0:
-        raise SlurmMissing("a real Slurm runs jobs as another user, so it must be started by root")
-    if all(shutil.which(name) for name in PROGRAMS):
-        return
-    if shutil.which("apt-get") is None:
-        raise SlurmMissing(
-            f"a real Slurm needs {', '.join(PROGRAMS)}; on Debian or Ubuntu: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-        )
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (
-        ["update", "-qq"],
-        ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
-    ):
-        done = subprocess.run(
-            ["apt-get", *words], env=quiet, capture_output=True, text=True, timeout=600, check=False  # noqa: S607
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise SlurmMissing(f"apt-get {' '.join(words)} failed: {done.stderr.strip()[-300:]}")
 
 
 def _munge_ids() -> tuple[int, int]:

@@ -96,7 +96,9 @@ def test_what_an_allocation_says() -> None:
     assert trial is not None
     assert (trial.at, trial.warm, trial.node) == (50.0, False, "n1")
     assert trial.cause == "gone: two | three | four"
-    assert trial_of(replace(ROW, warm_at=30.0)) == Trial(at=30.0, warm=True, node="n1")
+    assert trial_of(replace(ROW, warm_at=30.0)) == Trial(
+        at=30.0, warm=True, deployment="tiny", node="n1"
+    )
     assert trial_of(replace(ROW, ended_at=None, state=AllocationState.LOADING)) is None
     final = trial_of(replace(ROW, cause=REFUSED))
     assert final is not None
@@ -108,3 +110,12 @@ def test_two_deaths_in_a_day_make_a_bad_node() -> None:
     trials += [Trial(at=5.0, warm=True, node="n2")]
     assert bad_nodes(trials, now=30.0) == ("n1",)
     assert bad_nodes(trials, now=10.0 + BAD_NODE_S) == ()
+
+
+def test_a_deployment_that_gets_warm_nowhere_blames_no_node() -> None:
+    """Else one broken model takes a small cluster away from all the others."""
+    broken = [died(float(at), node=f"n{at % 2}", deployment="broken") for at in range(6)]
+    sound = [Trial(at=7.0, warm=True, deployment="sound", node="n1")]
+    assert bad_nodes([*broken, *sound], now=30.0) == ()
+    works_elsewhere = Trial(at=8.0, warm=True, deployment="broken", node="n7")
+    assert bad_nodes([*broken, works_elsewhere], now=30.0) == ("n0", "n1")

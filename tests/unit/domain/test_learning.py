@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from edif_hpc.domain.allocation import Allocation, AllocationState
-from edif_hpc.domain.learning import LEAD_MARGIN_S, WAIT_PRIOR_S, WARMUP_PRIOR_S, Times, learn
+from edif_hpc.domain.learning import (
+    LEAD_MARGIN_S,
+    WAIT_PRIOR_S,
+    WARMUP_PRIOR_S,
+    Priors,
+    Times,
+    learn,
+)
 from edif_hpc.domain.pending import Hindrance, understand
 
 ROW = Allocation(
@@ -35,6 +42,14 @@ def test_nothing_is_known_at_first() -> None:
     found = times()
     assert (found.wait_s, found.warmup_s) == (WAIT_PRIOR_S, WARMUP_PRIOR_S)
     assert found.lead_s == WAIT_PRIOR_S + WARMUP_PRIOR_S + 7.0 + LEAD_MARGIN_S
+
+
+def test_an_operator_may_know_better_than_our_caution() -> None:
+    known = Priors(wait_s=5.0, warmup_s=10.0, margin_s=15.0)
+    found = learn([], deployment="tiny", site="hpc", request_s=7.0, priors=known)
+    assert found.lead_s == 5.0 + 10.0 + 7.0 + 15.0
+    seen = learn([past(10.0)] * 5, deployment="tiny", site="hpc", request_s=7.0, priors=known)
+    assert seen.lead_s == 10.0 + 50.0 + 7.0 + 15.0
 
 
 def test_a_few_do_not_outweigh_the_prior_and_many_do() -> None:

@@ -139,6 +139,19 @@ def test_what_nobody_wants_goes() -> None:
     assert decide(member(A.DRAINING), wanted=wanted).actions == ()
 
 
+def test_what_can_never_start_is_withdrawn_when_an_operator_asks_anew() -> None:
+    stuck = member(A.SUBMITTED, reason="PartitionTimeLimit", age_s=600.0)
+    assert decide(stuck, wanted=replace(WANTED, up_s=900.0)).actions == ()
+    told = decide(stuck, wanted=replace(WANTED, up_s=5.0))
+    assert told.actions == (Cancel(allocation="g1", why=told.why),)
+    assert "PartitionTimeLimit" in told.why
+    busy = replace(stuck, reason="Priority")
+    assert decide(busy, wanted=replace(WANTED, up_s=5.0)).actions == ()
+    successor = member(A.SUBMITTED, generation=2, reason="PartitionTimeLimit", age_s=600.0)
+    beside = decide(member(A.WARM), successor, wanted=replace(WANTED, up_s=5.0))
+    assert [each.allocation for each in beside.actions if isinstance(each, Cancel)] == ["g2"]
+
+
 @pytest.mark.parametrize("facts", [(), (member(A.WARM, left_s=500.0),)])
 def test_nothing_is_ordered_without_a_permit(facts: tuple[Member, ...]) -> None:
     paused = replace(WANTED, permit=Permit(paused=True, reason="paused: it died"))
