@@ -13,9 +13,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 from pathlib import Path
 
 from edif_hpc.cli.api import Api
@@ -23,6 +22,7 @@ from edif_hpc.cli.context import Context
 from edif_hpc.cli.show import size
 from edif_hpc.clock import SystemClock
 from edif_hpc.errors import EdifError, SettingsError
+from edif_hpc.slurm.finding import Finding, Grade, fail, ok, warn
 
 MAX_CLOCK_DIFFERENCE_S = 30.0
 LOW_DISK_BYTES = 5 << 30
@@ -30,32 +30,6 @@ NO_DISK_BYTES = 256 << 20
 PACKAGE = "edif-hpc"
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)[^;]*(?:;.*extra == ['\"]([a-z0-9-]+)['\"])?")
-
-
-class Grade(StrEnum):
-    """How a check ended."""
-
-    OK = "OK"
-    WARN = "WARN"
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check found; `way_out` says what to do about it."""
-
-    what: str
-    grade: Grade
-    seen: str
-    way_out: str = ""
-
-    def __str__(self) -> str:
-        tail = f"; {self.way_out}" if self.way_out else ""
-        return f"{self.grade:<4}  {self.what}: {self.seen}{tail}"
-
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return {"what": self.what, "grade": self.grade, "seen": self.seen, "way_out": self.way_out}
 
 
 def examine(ctx: Context) -> Iterator[Finding]:
@@ -66,21 +40,7 @@ def examine(ctx: Context) -> Iterator[Finding]:
     yield from _relay(ctx)
     yield from _data_dir(ctx)
     yield _isolation()
-
-
-def ok(what: str, seen: str) -> Finding:
-    """All is well."""
-    return Finding(what=what, grade=Grade.OK, seen=seen)
-
-
-def warn(what: str, seen: str, way_out: str = "") -> Finding:
-    """It works, but not as it could."""
-    return Finding(what=what, grade=Grade.WARN, seen=seen, way_out=way_out)
-
-
-def fail(what: str, seen: str, way_out: str) -> Finding:
-    """It does not work."""
-    return Finding(what=what, grade=Grade.FAIL, seen=seen, way_out=way_out)
+    yield from _sites(ctx)
 
 
 def _python() -> Finding:
@@ -254,3 +214,30 @@ def _isolation() -> Finding:
         what, f"a worker here would reach only level {layers.level} ({'; '.join(missing)})",
         "level full needs user namespaces and Landlock from the kernel",
     )  # fmt: skip
+
+
+def _sites(ctx: Context) -> Iterator[Finding]:
+    """The sites that have a file here, in brief: what is not in order, or one line if all is."""
+    from edif_hpc.cli.site import site_files
+    from edif_hpc.cli.sites.checks import examine_site
+    from edif_hpc.slurm.site import load_site
+
+    for path in site_files(ctx):
+        what = f"site {path.stem}"
+        try:
+            site = load_site(path)
+        except SettingsError as error:
+            yield fail(what, str(error), "mend that file")
+            continue
+        if site.scheduler == "slurm" and shutil.which("sbatch") is None:
+            yield warn(
+                what, "not checked: there is no sbatch here", "run doctor on its login node"
+            )
+            continue
+        found = list(examine_site(site))
+        bad = [each for each in found if each.grade is not Grade.OK]
+        yield from (replace(each, what=f"{what}, {each.what}") for each in bad)
+        if not bad:
+            yield ok(
+                what, f"{len(found)} checks; the nodes: edif-hpc site check {path.stem} --probe"
+            )

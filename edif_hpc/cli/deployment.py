@@ -18,6 +18,7 @@ COLUMNS = (
     "revision",
     "task",
     "dtype",
+    "device",
     "replicas",
     "executors",
     "isolation_floor",
@@ -34,8 +35,17 @@ def deployment() -> None:
 @click.argument("model")
 @click.option("--name", help="Its name; else made from the model's.")
 @click.option("--revision", help="Branch, tag or commit; else the default branch.")
-@click.option("--task", help="The pipeline, as nnsight names it.  [default: text-generation]")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="The pipeline, as nnsight names it; may be given several times, all over one set of weights.  "
+    "[default: text-generation]",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]))
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="cuda is a GPU, of NVIDIA or AMD."
+)
 @click.option("--replicas", type=click.IntRange(0, 1000), help="How many workers are wanted.")
 @click.option(
     "--executors", type=click.IntRange(1, 1000), help="Requests a worker runs at a time."
@@ -78,7 +88,7 @@ def ls(ctx: Context, /, *, as_json: bool) -> None:
         print_json(found)
     else:
         listing(
-            [each | {"adapters": _adapters(each)} for each in found],
+            [_shown(each) for each in found],
             COLUMNS,
             none="no deployments; add one: edif-hpc deployment add ORG/MODEL",
         )
@@ -100,7 +110,7 @@ def show(ctx: Context, /, *, name: str, as_json: bool) -> None:
     else:
         found = known[name]
         moments = {each: moment(found.get(each)) for each in ("created_at", "up_at")}
-        facts(found | {"adapters": _adapters(found)} | moments)
+        facts(_shown(found) | moments)
 
 
 @deployment.command()
@@ -117,6 +127,11 @@ def rm(ctx: Context, /, *, name: str, force: bool) -> None:
     )
 
 
-def _adapters(shown: Mapping[str, Any]) -> str | None:
-    """As `--adapter` takes them."""
-    return ", ".join(str(Adapter(**each)) for each in shown["adapters"]) or None
+def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A deployment with its tasks and adapters as `--task` and `--adapter` take them."""
+    adapters = [str(Adapter(**each)) for each in found["adapters"]]
+    lists = {
+        "task": ", ".join([found["task"], *found["more_tasks"]]),
+        "adapters": ", ".join(adapters) or None,
+    }
+    return {name: value for name, value in {**found, **lists}.items() if name != "more_tasks"}

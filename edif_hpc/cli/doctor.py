@@ -18,7 +18,8 @@ def doctor(ctx: Context, /, click_ctx: click.Context, *, as_json: bool) -> None:
 
     Each line says OK, WARN or FAIL, and the way out. Exits with 1 if anything failed.
     """
-    from edif_hpc.cli.checks import Grade, examine
+    from edif_hpc.cli.checks import examine
+    from edif_hpc.slurm.finding import Grade
 
     found = []
     for finding in examine(ctx):

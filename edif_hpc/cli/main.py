@@ -31,11 +31,27 @@ ENTRIES = {
         place="edif_hpc.cli.fleet:up", summary="Start workers for the free slots of a deployment."
     ),
     "down": Entry(
-        place="edif_hpc.cli.fleet:down", summary="Drain workers: they finish what runs, and leave."
+        place="edif_hpc.cli.fleet:down",
+        summary="End workers: they finish what runs, leave, and are not replaced.",
+    ),
+    "scale": Entry(
+        place="edif_hpc.cli.fleet:scale", summary="Change how many workers a deployment has."
+    ),
+    "drain": Entry(
+        place="edif_hpc.cli.fleet:drain",
+        summary="Have allocations replaced: they finish what runs, and leave.",
     ),
     "ps": Entry(
         place="edif_hpc.cli.fleet:ps",
-        summary="List the allocations, their workers and what they do.",
+        summary="List the allocations: their workers, what they do or wait for, and who follows.",
+    ),
+    "explain": Entry(
+        place="edif_hpc.cli.slots:explain",
+        summary="Tell why a deployment's slots are as they are.",
+    ),
+    "logs": Entry(
+        place="edif_hpc.cli.slots:logs",
+        summary="Show the log of a deployment's newest allocation, or of the one that is named.",
     ),
     "site": Entry(place="edif_hpc.cli.site:site", summary="The facts of a cluster."),
     "launcher": Entry(

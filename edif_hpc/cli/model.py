@@ -25,6 +25,9 @@ _HUB = re.compile(rf"{_PART}/{_PART}")
 def deployment_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The body that asks for a deployment of `model`."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "tasks" in given:
+        given["task"], *more = given.pop("tasks")
+        given |= {"more_tasks": more} if more else {}
     if "adapters" in given:
         given["adapters"] = [_adapter(text) for text in given["adapters"]]
     if given.get("name"):

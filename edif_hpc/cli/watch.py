@@ -11,11 +11,13 @@ _T = TypeVar("_T")
 INTERVAL_S = 0.3
 
 
-def watch(look: Callable[[], _T], *, timeout_s: float | None = None) -> Iterator[_T]:
+def watch(
+    look: Callable[[], _T], *, timeout_s: float | None = None, interval_s: float = INTERVAL_S
+) -> Iterator[_T]:
     """Yield what `look` sees, again and again; ends when the time is over, if there is a limit."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         yield look()
         if deadline is not None and time.monotonic() >= deadline:
             return
-        time.sleep(INTERVAL_S)
+        time.sleep(interval_s)

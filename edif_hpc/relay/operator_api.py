@@ -27,6 +27,7 @@ from edif_hpc.relay.operator_schema import (
     NewAllocations,
     NewDeployment,
     NewToken,
+    Scale,
     Submitted,
     request_view,
     token_view,
@@ -71,6 +72,9 @@ class Fleet(Protocol):
 
     async def remove_deployment(self, name: str, *, force: bool) -> int:
         """Remove one; returns how many requests were ended."""
+
+    async def scale(self, deployment: str, replicas: int) -> None:
+        """Another number of replicas."""
 
     async def allocate(
         self,
@@ -120,6 +124,7 @@ class OperatorApi:
             ("GET", "/deployments", self.list_deployments),
             ("POST", "/deployments", self.add_deployment),
             ("DELETE", "/deployments/{name}", self.remove_deployment),
+            ("POST", "/deployments/{name}/replicas", self.scale),
             ("GET", "/tokens", self.list_tokens),
             ("POST", "/tokens", self.create_token),
             ("DELETE", "/tokens/{id}", self.revoke_token),
@@ -160,6 +165,13 @@ class OperatorApi:
         force = http.query_params.get("force", "false") in ("true", "1")
         ended = await self._fleet.remove_deployment(http.path_params["name"], force=force)
         return Json({"ended_requests": ended})
+
+    async def scale(self, http: HttpRequest) -> Response:
+        """Another number of replicas; what is too many drains."""
+        self._operator(http)
+        asked = await read_json(http, Scale)
+        await self._fleet.scale(http.path_params["name"], asked.replicas)
+        return Json({})
 
     # -- tokens -------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from edif_hpc.testing.fake_slurm.table import Job, Table, create, opened
 from edif_hpc.testing.processes import processes_of
 from edif_hpc.testing.wait import wait_until
 
-PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
+PROGRAMS = ("sbatch", "sinfo", "squeue", "scancel", "scontrol", "srun")
 MAX_MIN = 5
 _NODES = {"a6000": ("a6000-0", "a6000-1"), "mi300x": ("mi300x-0",)}
 _PROGRAM = """\

@@ -1,4 +1,4 @@
-"""sbatch, squeue, scancel, scontrol and srun: as much of them as we call, in the words of Slurm 22.05.
+"""sbatch, sinfo, squeue, scancel, scontrol and srun: as much of them as we call, in the words of Slurm 22.05.
 
 Before a program does its work it asks for a fault to have:
 
@@ -54,7 +54,13 @@ def main(program: str, root: Path, argv: list[str]) -> int:
         return _fail(program, _ERRORS[fault["kind"]])
     if fault["kind"] == "empty":
         return 0
-    work = {"sbatch": _sbatch, "squeue": _squeue, "scancel": _scancel, "scontrol": _scontrol}
+    work = {
+        "sbatch": _sbatch,
+        "sinfo": _sinfo,
+        "squeue": _squeue,
+        "scancel": _scancel,
+        "scontrol": _scontrol,
+    }
     try:
         said = work[program](root, argv, fault)
     except _Refused as refused:
@@ -203,7 +209,38 @@ def _scancel(root: Path, argv: list[str], _fault: dict[str, Any]) -> str:
     return ""
 
 
+def _sinfo(root: Path, argv: list[str], _fault: dict[str, Any]) -> str:
+    """Nodes, grouped by what they have; 8 cores and 64000 MB each."""
+    form = argv[argv.index("-o") + 1]
+    with opened(root) as table:
+        rows = [
+            {
+                "R": kind,
+                "a": "up",
+                "l": f"{table.max_min}:00",
+                "D": str(len(nodes)),
+                "c": "8",
+                "m": "64000",
+                "G": f"gpu:{kind}:{GPUS_PER_NODE}",
+                "f": "(null)",
+            }
+            for kind, nodes in table.partitions.items()
+        ]
+    return "".join(re.sub(r"%(\w)", lambda m: row[m[1]], form) + "\n" for row in rows)  # noqa: B023 - used at once
+
+
 def _scontrol(root: Path, argv: list[str], _fault: dict[str, Any]) -> str:
+    with opened(root) as table:
+        if argv[:2] == ["show", "config"]:
+            return (
+                "Configuration data as of 2026-11-21T16:32:25\nClusterName             = fake\nKillWait                = 30 sec\n"
+                "SLURM_VERSION           = 22.05.8\nTmpFS                   = /tmp\n"
+            )
+        if argv[:2] == ["show", "partition"]:
+            return "".join(
+                f"PartitionName={kind} AllowAccounts=ALL AllowQos=ALL Default=NO MaxTime=00:{table.max_min:02}:00 State=UP\n"
+                for kind in table.partitions
+            )
     if argv[:2] != ["show", "job"]:
         raise _Refused(f"invalid keyword: {argv[0]}")
     with opened(root) as table:

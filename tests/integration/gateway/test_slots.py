@@ -121,6 +121,8 @@ async def test_a_generation_hands_over_to_the_next(world: World) -> None:
     assert [each["generation"] for each in told["generations"]] == [1, 2]
     assert told["generations"][1]["reason"] == "Priority"
     assert told["launcher"]["name"] == "login1"
+    heard = (await operator.get("/launchers"))["launchers"]
+    assert heard[SITE]["name"] == "login1"
 
     next_keys, _ = await joined(
         world, {"join_token": ticket.join_token, "allocation": ticket.allocation}
@@ -179,9 +181,11 @@ async def test_what_a_token_may(world: World, role: Role) -> None:
     operates = 200 if role is Role.OPERATOR else 403
     await http.post("/launcher/orders", {"site": SITE, "launcher": "x"}, status=launches)
     await http.post("/launcher/report", {"site": SITE, "launcher": "x"}, status=launches)
+    await http.get("/launcher/addresses", status=launches)
     await http.get("/ps", status=operates)
+    await http.get("/launchers", status=operates)
     await http.get("/deployments", status=operates)
-    await http.get("/slots/tiny/0", status=404 if role is Role.OPERATOR else 403)
+    await http.get("/slots/tiny/9", status=404 if role is Role.OPERATOR else 403)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,9 @@ class FakeFleet:
         self.orders.append(("remove", name, force))
         return 2
 
+    async def scale(self, deployment: str, replicas: int) -> None:
+        self.orders.append(("scale", deployment, replicas))
+
     async def allocate(
         self, deployment: str, *, site: str, slots: int | None, **wishes: Any
     ) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ OPERATORS_ONLY = [
     ("GET", "/api/deployments", None),
     ("POST", "/api/deployments", {"repo_id": "a/b"}),
     ("DELETE", "/api/deployments/tiny-gpt2", None),
+    ("POST", "/api/deployments/tiny-gpt2/replicas", {"replicas": 2}),
     ("GET", "/api/tokens", None),
     ("POST", "/api/tokens", {"name": "x"}),
     ("DELETE", "/api/tokens/x", None),
@@ -86,10 +87,17 @@ def test_adapters_are_shown_as_they_were_listed(relay: Relay) -> None:
     assert [each["adapters"] for each in shown] == [[], made.json()["adapters"]]
 
 
+def test_tasks_are_kept_as_clients_send_them(relay: Relay) -> None:
+    body = {"repo_id": "a/b", "task": "ner", "more_tasks": ["fill-mask", "token-classification"]}
+    made = call(relay, relay.operator, "POST", "/api/deployments", body).json()
+    assert (made["task"], made["more_tasks"]) == ("token-classification", ["fill-mask"])
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         ({"repo_id": "a/b", "replica": 2}, "replica"),
+        ({"repo_id": "a/b", "more_tasks": "fill-mask"}, "more_tasks"),
         ({"repo_id": "a/b", "adapters": [{"repo_id": "lora"}]}, "'lora' must be ORG/NAME"),
         ({"repo_id": "a/b", "adapters": [{"repo_id": "a/*"}]}, "'a/*' must be ORG/NAME"),
         ({"repo_id": "a/b", "adapters": [{"repo_id": "a/l", "revision": "x y"}]}, "revision"),
@@ -201,12 +209,16 @@ def test_allocations(relay: Relay) -> None:
     assert made.json()["allocations"][0]["join_token"] == "once"
     call(relay, relay.operator, "POST", "/api/allocations/a1/submitted", {"job_id": "7"})
     call(relay, relay.operator, "POST", "/api/allocations/a1/failed", {"cause": "dead"})
+    path = "/api/deployments/tiny-gpt2/replicas"
+    assert call(relay, relay.operator, "POST", path, {"replicas": 3}).status_code == 200
+    assert call(relay, relay.operator, "POST", path, {"replicas": -1}).status_code == 400
     drained = call(relay, relay.operator, "POST", "/api/drain", {"allocation": "a1"})
     assert drained.json() == {"allocations": 1}
     assert relay.fleet.orders == [
         ("allocate", "tiny-gpt2", "local", 1),
         ("submitted", "a1", "7"),
         ("failed", "a1", "dead", ""),
+        ("scale", "tiny-gpt2", 3),
         ("drain", None, "a1"),
     ]
 

@@ -15,7 +15,7 @@ PATH = "/api/deployments"
 ADDED = {
     "name": "tiny", "repo_id": "edif/tiny-gpt2", "revision": None, "task": "text-generation", "dtype": "float32",
     "replicas": 1, "executors": 1, "isolation_floor": "process",
-    "adapters": [],
+    "more_tasks": [], "adapters": [],
 }  # fmt: skip
 
 
@@ -38,13 +38,14 @@ def test_add_says_only_what_was_said(relay: Any, run: Callable[..., Any]) -> Non
 def test_add_with_everything(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("POST", PATH, ADDED)
     options = (
-        "--name tiny --revision v1 --task text-generation --dtype bfloat16 --replicas 2 --executors 3 --source /models/x "
+        "--name tiny --revision v1 --task text-generation --task feature-extraction --dtype bfloat16 --device cuda --replicas 2 --executors 3 --source /models/x "
         "--trust-remote-code --isolation-floor full --adapter a/lora --adapter a/other@c0ffee"
     )
     assert run("deployment", "add", "edif/tiny-gpt2", *options.split()).exit_code == Exit.OK
     assert relay.bodies("POST", PATH) == [
         {
-            "repo_id": "edif/tiny-gpt2", "name": "tiny", "revision": "v1", "task": "text-generation", "dtype": "bfloat16",
+            "repo_id": "edif/tiny-gpt2", "name": "tiny", "revision": "v1", "task": "text-generation",
+            "more_tasks": ["feature-extraction"], "dtype": "bfloat16", "device": "cuda",
             "replicas": 2, "executors": 3, "source": "/models/x", "trust_remote_code": True, "isolation_floor": "full",
             "adapters": [{"repo_id": "a/lora", "revision": None}, {"repo_id": "a/other", "revision": "c0ffee"}],
         }
@@ -117,6 +118,20 @@ def test_adapters_are_shown_as_they_are_given(
     assert "adapters         a/lora, a/x@v1" in run("deployment", "show", "tiny").stdout
     assert json.loads(run("deployment", "show", "tiny", "--json").stdout) == with_adapters
     assert "deployed: tiny" in complain(Exit.REFUSED, "deployment", "show", "huge")
+
+
+def test_tasks_are_shown_as_they_are_given(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("GET", PATH, {"deployments": [ADDED | {"more_tasks": ["feature-extraction"]}]})
+    assert "text-generation, feature-extraction  float32" in run("deployment", "ls").stdout
+    shown = run("deployment", "show", "tiny").stdout
+    assert "task             text-generation, feature-extraction\n" in shown
+    assert "more tasks" not in shown
+
+
+def test_one_task_is_asked_for_as_one(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("POST", PATH, ADDED)
+    run("deployment", "add", "edif/tiny-gpt2", "--task", "fill-mask")
+    assert relay.bodies("POST", PATH) == [{"repo_id": "edif/tiny-gpt2", "task": "fill-mask"}]
 
 
 def test_ls_of_nothing_says_what_to_do(relay: Any, run: Callable[..., Any]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from edif_hpc.cli.allocations.local import LocalSite
 from edif_hpc.cli.api import Api
 from edif_hpc.cli.exits import Exit
-from edif_hpc.cli.local import LocalSite
 from edif_hpc.errors import LaunchError
 from edif_hpc.settings import ClientSettings
 from edif_hpc.slurm.order import EngineFacts, read_pilot_order
@@ -160,12 +160,38 @@ def test_up_shows_the_last_words_of_what_died(
 def test_up_notices_a_pilot_that_died_unheard(relay: Any, run: Callable[..., Any]) -> None:
     relay.on("POST", "/api/allocations", {"allocations": []})
     relay.on("POST", "/api/allocations/a1/failed", {})
-    changing(relay, [line(state="submitted", node=None, job_id="99999999")])
+    changing(relay, [line()], [line(state="submitted", node=None, job_id="99999999")])
     assert run("up", "tiny", "--wait").exit_code == Exit.FAILED
-    assert (
-        relay.bodies("POST", "/api/allocations/a1/failed")[0]["cause"]
-        == "the pilot died before it joined"
-    )
+    [told] = relay.bodies("POST", "/api/allocations/a1/failed")
+    assert told["cause"] == "the pilot died"
+
+
+DEAD = {"job_id": "99999999"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "buried"),
+    [
+        (DEAD, True),
+        (DEAD | {"node": None, "state": "submitted"}, True),
+        (DEAD | {"worker": WARM}, False),  # its worker is connected: it outlived its pilot
+        (DEAD | {"node": "elsewhere"}, False),
+        (DEAD | {"site": "hpc"}, False),
+        (DEAD | {"deployment": "another"}, False),
+        ({}, False),  # its pilot, said to be this very process, lives
+        ({"job_id": None}, False),  # it is being submitted at this moment
+    ],
+)
+def test_up_buries_what_died_unheard_so_that_its_slot_is_free(
+    facts: dict[str, Any], buried: bool, relay: Any, run: Callable[..., Any]
+) -> None:
+    relay.on("POST", "/api/allocations", {"allocations": []})
+    relay.on("POST", "/api/allocations/a1/failed", {})
+    changing(relay, [line(**facts)])
+    assert run("up", "tiny", "--no-wait").exit_code == Exit.OK
+    posts = [each.path for each in relay.calls if each.method == "POST"]
+    expected = ["/api/allocations/a1/failed"] if buried else []
+    assert posts == [*expected, "/api/allocations"], "first buried, then asked for"
 
 
 def test_up_does_not_wait_for_ever(relay: Any, run: Callable[..., Any]) -> None:
@@ -177,6 +203,7 @@ def test_up_does_not_wait_for_ever(relay: Any, run: Callable[..., Any]) -> None:
 
 
 def test_down_waits_until_they_are_gone(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("GET", "/api/deployments", DEPLOYMENTS)
     relay.on("POST", "/api/drain", {"allocations": 1})
     warm = line(job_id="99999999", worker=WARM)
     changing(relay, [warm], [warm], [])
@@ -209,11 +236,112 @@ def test_down_wants_one_or_all(arguments: list[str], complain: Callable[..., str
     assert "name a deployment, or give --all" in complain(Exit.USAGE, "down", *arguments)
 
 
+def test_down_takes_several_and_models(relay: Any, run: Callable[..., Any]) -> None:
+    both = {"deployments": [*DEPLOYMENTS["deployments"], {"name": "big", "repo_id": "org/big"}]}
+    relay.on("GET", "/api/deployments", both)
+    relay.on("POST", "/api/drain", {"allocations": 1})
+    changing(relay, [])
+    assert run("down", "tiny", "Org/Big").stdout == "2 allocation(s) drain\n"
+    assert relay.bodies("POST", "/api/drain") == [{"deployment": "tiny"}, {"deployment": "big"}]
+
+
+HERE = line(allocation="a1", name="edif-tiny-0-1-a1", node="n1.cluster", site="hpc")
+THERE = line(allocation="a2", name="edif-tiny-1-1-a2", node="n2.cluster", site="hpc", slot=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "drained"),
+    [
+        (["edif-tiny-1-1-a2"], ["a2"]),
+        (["tiny"], ["a1", "a2"]),
+        (["--node", "n1"], ["a1"]),
+        (["--node", "n2.cluster"], ["a2"]),
+    ],
+)
+def test_drain(
+    arguments: list[str], drained: list[str], relay: Any, run: Callable[..., Any]
+) -> None:
+    relay.on("POST", "/api/drain", {"allocations": 1})
+    changing(relay, [HERE, THERE])
+    result = run("drain", *arguments, "--json")
+    assert len(json.loads(result.stdout)) == len(drained)
+    asked = relay.bodies("POST", "/api/drain")
+    assert asked == [{"allocation": each} for each in drained], (
+        "never as a whole: that would end it"
+    )
+
+
+def test_drain_names_what_there_is(relay: Any, complain: Callable[..., str]) -> None:
+    relay.on("GET", "/api/deployments", DEPLOYMENTS)
+    changing(relay, [HERE, THERE])
+    assert "there is: n1.cluster, n2.cluster" in complain(Exit.REFUSED, "drain", "--node", "n3")
+    assert "deployed: tiny" in complain(Exit.REFUSED, "drain", "edif-tiny-0-9-aa")
+    assert "or give --node" in complain(Exit.USAGE, "drain")
+
+
+def scaled(relay: Any, *lines: dict[str, Any]) -> None:
+    relay.on("GET", "/api/deployments", {"deployments": [DEPLOYMENTS["deployments"][0] | {"replicas": 2}]})  # fmt: skip
+    relay.on("POST", "/api/deployments/tiny/replicas", {})
+    relay.on("POST", "/api/allocations", {"allocations": []})
+    changing(relay, list(lines))
+
+
+@pytest.mark.parametrize(("site", "count", "starts"), [("hpc", 3, 0), ("local", 3, 1), ("local", 1, 0)])  # fmt: skip
+def test_scale(site: str, count: int, starts: int, relay: Any, run: Callable[..., Any]) -> None:
+    scaled(relay, line(site=site))
+    assert run("scale", "edif/tiny-gpt2", str(count)).exit_code == Exit.OK
+    assert relay.bodies("POST", "/api/deployments/tiny/replicas") == [{"replicas": count}]
+    assert len(relay.bodies("POST", "/api/allocations")) == starts
+
+
+def test_scale_starts_nothing_of_what_is_not_up(relay: Any, run: Callable[..., Any]) -> None:
+    scaled(relay)
+    run("scale", "tiny", "5")
+    assert relay.bodies("POST", "/api/allocations") == []
+
+
 def test_ps(relay: Any, run: Callable[..., Any]) -> None:
     changing(relay, [line(state="warm", detail="serves", worker=WARM)])
     row = run("ps").stdout.splitlines()[1].split()
     assert row[:2] == ["tiny/0", "1"]
     assert row[4:8] == ["warm", "serves", "full", "2"]
+
+
+def test_a_site_file_of_this_machine(
+    relay: Any, run: Callable[..., Any], environ: dict[str, str], tmp_path: Path
+) -> None:
+    sites = Path(environ["EDIF_CONFIG"]).parent / "sites"
+    sites.mkdir()
+    facts = f'name = "desk"\nscheduler = "local"\nstate_dir = "{tmp_path / "desk"}"\n'
+    (sites / "desk.toml").write_text(facts)
+    relay.on("POST", "/api/allocations", {"allocations": []})
+    changing(relay, [line()])
+    assert run("up", "tiny", "--site", "desk", "--replicas", "2", "--no-wait").exit_code == Exit.OK
+    [asked] = relay.bodies("POST", "/api/allocations")
+    assert asked == {"deployment": "tiny", "site": "local", "slots": 2}
+    log = tmp_path / "desk" / line()["name"] / "7_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert [each["log"] for each in json.loads(run("ps", "--json").stdout)] == [str(log)]
+
+
+def test_ps_of_a_cluster(relay: Any, run: Callable[..., Any]) -> None:
+    serves = line(
+        site="hpc", state="warm", detail="serves", worker=WARM, job_id="17", node="n1", left_s=7260.0,
+        successor="edif-tiny-0-2-b", successor_due_s=None,
+    )  # fmt: skip
+    follows = line(
+        name="edif-tiny-0-2-b", generation=2, site="hpc", state="submitted", job_id="18", node=None, detail="Priority",
+        reason="Priority", start_in_s=5400.0,
+    )  # fmt: skip
+    alone = line(name="x", slot=1, site="hpc", state="warm", worker=WARM, left_s=9000.0, successor=None, successor_due_s=7300.0)  # fmt: skip
+    ordered = line(name="y", slot=2, site="hpc", state="ordered", job_id=None, node=None, order_holder=None)  # fmt: skip
+    changing(relay, [serves, follows, alone, ordered])
+    shown = run("ps").stdout.splitlines()
+    assert shown[1].endswith("2 h   submitted (Priority), may start in 90 min")
+    assert "submitted  (Priority), may start in 90 min" in shown[2]
+    assert shown[3].endswith("ordered in 2 h")
+    assert "ordered    waits for a launcher" in shown[4]
 
 
 def test_ps_json_has_the_path_of_the_log(
