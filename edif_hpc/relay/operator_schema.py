@@ -13,7 +13,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edif_hpc.domain.adapter import Adapter, each_once
-from edif_hpc.domain.deployment import DEFAULT_TASK, Deployment, check_name, default_name
+from edif_hpc.domain.deployment import (
+    DEFAULT_TASK,
+    Deployment,
+    check_device,
+    check_name,
+    default_name,
+    each_task,
+)
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import Request
 from edif_hpc.objects.repository import check_repo_id
@@ -43,6 +50,7 @@ class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: Text | None = None
     revision: Text | None = None
     task: Text = DEFAULT_TASK
+    more_tasks: Annotated[list[Text], Meta(max_length=20)] = []
     dtype: Text = "float32"
     source: Text | None = None
     trust_remote_code: bool = False
@@ -61,6 +69,9 @@ class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         fields = msgspec.structs.asdict(self)
         fields["name"] = check_name(self.name) if self.name else default_name(self.repo_id)
         fields["revision"] = None if self.revision == "main" else self.revision
+        fields["device"] = check_device(self.device, executors=self.executors)
+        fields["task"], *more = each_task([self.task, *self.more_tasks])
+        fields["more_tasks"] = tuple(more)
         fields["adapters"] = each_once(each.value() for each in self.adapters)
         return Deployment(**fields)
 
@@ -85,6 +96,12 @@ class NewAllocations(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gpu: Text | None = None
     gpus: Annotated[int, Meta(ge=0, le=256)] | None = None
     walltime_min: Walltime | None = None
+
+
+class Scale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many replicas a deployment is to have from now on."""
+
+    replicas: Annotated[int, Meta(ge=0, le=1000)]
 
 
 class Submitted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edif_hpc.slurm.devices import visible_devices
 from edif_hpc.slurm.order import ContainerOrder, Vendor
 
 _GPU_FLAGS: Mapping[Vendor, tuple[str, ...]] = {
@@ -25,9 +26,6 @@ _GPU_FLAGS: Mapping[Vendor, tuple[str, ...]] = {
     "amd": ("--rocm",),
     "none": (),
 }
-#: Slurm sets up to three variables for one choice of devices. ROCm applies ROCR's first and then the others to what is left
-#: of it, which chooses twice; so where ROCR's is set, it is the only one that is passed on.
-_ROCR, _OTHERS = "ROCR_VISIBLE_DEVICES", ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 #: What the host side of Apptainer gets of the pilot's environment.
 _HOST = ("PATH", "HOME", "USER", "LANG", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
@@ -37,7 +35,7 @@ class Layout:
     """Where one container finds its folders, on the node and inside alike."""
 
     scratch: Path  #: the worker's own; emptied at each start
-    cache: Path  #: what compilers and libraries keep, for as long as the allocation lasts
+    cache: Path  #: what Apptainer itself keeps, on the host
     tmp: Path  #: what it sees as /tmp
     order: Path  #: the worker's order
     env_file: Path
@@ -70,7 +68,6 @@ def exec_argv(
     mounts = [
         _mount(layout.tmp, "/tmp"),  # noqa: S108 - the container's own
         _mount(layout.scratch),
-        _mount(layout.cache),
         _mount(layout.order, writable=False),
     ]
     if layout.hub_cache is not None:
@@ -97,30 +94,17 @@ def exec_argv(
 def environment(
     order: ContainerOrder, layout: Layout, environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """What the worker's environment says: where caches are, which devices to use, and what the site adds."""
-    cache = layout.cache
-    caches = {
-        "XDG_CACHE_HOME": cache,
-        "HF_HOME": cache / "huggingface",
-        "TRITON_CACHE_DIR": cache / "triton",
-        "TORCHINDUCTOR_CACHE_DIR": cache / "inductor",
-        "MIOPEN_USER_DB_PATH": cache / "miopen",
-        "MIOPEN_CUSTOM_CACHE_DIR": cache / "miopen",
-    }
+    """What the worker's environment says: where it lives, which devices to use, and what the site adds.
+
+    The engine's programs get environments of their own (`worker.engine.environment`), with places for their caches.
+    """
     return {
         "HOME": str(layout.scratch),
         "TMPDIR": "/tmp",  # noqa: S108 - the container's own
         "PYTHONDONTWRITEBYTECODE": "1",
-        **{name: str(path) for name, path in caches.items()},
-        **visible_devices(environ),
+        **visible_devices(environ, order.vendor),
         **order.env,
     }
-
-
-def visible_devices(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which the scheduler chose devices for us, without those that would choose among them again."""
-    names = (_ROCR,) if _ROCR in environ else _OTHERS
-    return {name: environ[name] for name in names if name in environ}
 
 
 def env_file(values: Mapping[str, str]) -> str:

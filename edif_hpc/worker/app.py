@@ -1,5 +1,8 @@
 """The worker's main: `python -m edif_hpc.worker.app ORDER PILOT_PID NONCE`.
 
+SIGTERM means: drain. So do the scheduler's warnings, which may reach every process of a job. SIGUSR1 and SIGHUP come from the
+pilot when the time is over: give back what runs, because the walltime ends or because the scheduler takes the node.
+
 PILOT_PID is 0 in a container, whose processes cannot see the pilot; there the pilot holds the other end of standard input.
 """
 
@@ -13,13 +16,21 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from edif_hpc.clock import SystemClock
 from edif_hpc.domain.adapter import Adapter
+from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.errors import EdifError
 from edif_hpc.failpoints import Failpoints
-from edif_hpc.slurm.order import EngineFacts, WorkerExit, WorkerOrder, read_worker_order
+from edif_hpc.slurm.devices import driver_variables, vendor_here
+from edif_hpc.slurm.order import (
+    SERVED,
+    WorkerExit,
+    WorkerOrder,
+    read_worker_order,
+)
 from edif_hpc.telemetry import set_up_logging
 from edif_hpc.wire.sockets import Dealer, KeyPair
 from edif_hpc.worker.engine.pool import Engine
@@ -29,34 +40,50 @@ from edif_hpc.worker.runtime import WorkerRuntime
 from edif_hpc.worker.transfer import Transfer
 
 _PR_SET_PDEATHSIG = 1
+_TIME_IS_OVER = MappingProxyType(
+    {signal.SIGUSR1: LeaseEnd.WALLTIME, signal.SIGHUP: LeaseEnd.PREEMPTED}
+)
+
+#: With a copy of the weights in each executor, and a driver that has to let go of a killed one.
+_DEVICE_TIMES = MappingProxyType({"ready_timeout_s": 600.0, "reap_timeout_s": 30.0})
 
 MakeEngine = Callable[[Mapping[str, Any]], EnginePort]
 
 
-def engine_spec(deployment: Mapping[str, Any], facts: EngineFacts, scratch: Path) -> EngineSpec:
+def engine_spec(deployment: Mapping[str, Any], order: WorkerOrder) -> EngineSpec:
     """What the relay says to serve, with what the site says about where it runs."""
+    facts = order.engine
     source = deployment["source"] or deployment["repo_id"]
+    on_device = deployment["device"] != "cpu"
     return EngineSpec(
         model_key=deployment["model_key"],
+        more_tasks=tuple(deployment["more_tasks"]),
         source=source,
         revision=deployment["revision"],
         adapters=tuple(Adapter(**each) for each in deployment["adapters"]),
         dtype=deployment["dtype"],
         device=deployment["device"],
+        driver=_driver() if on_device else {},
         threads=facts.threads or len(os.sched_getaffinity(0)),
         ready=facts.ready,
-        scratch=scratch / "engine",
+        scratch=Path(order.scratch) / "engine",
         floor=Level(deployment["isolation_floor"]),
         ceiling=Level(facts.isolation_ceiling),
         hub_endpoint=facts.hub_endpoint,
         hub_cache=Path(facts.hub_cache) if facts.hub_cache else None,
         hub_token=facts.hub_token,
+        proxy=order.proxy,
+        **(_DEVICE_TIMES if on_device else {}),
     )
 
 
 def real_engine(order: WorkerOrder) -> MakeEngine:
     """The engine that runs nnsight."""
-    return lambda deployment: Engine(engine_spec(deployment, order.engine, Path(order.scratch)))
+    return lambda deployment: Engine(engine_spec(deployment, order))
+
+
+def _driver() -> dict[str, str]:
+    return driver_variables(os.environ, vendor_here())
 
 
 async def _serve(
@@ -65,7 +92,7 @@ async def _serve(
     scratch = Path(order.scratch)
     runtime = WorkerRuntime(
         make_engine=make_engine,
-        transfer=Transfer(),
+        transfer=Transfer(proxy=order.proxy),
         scratch=scratch,
         clock=SystemClock(),
         failpoints=Failpoints.parse(order.engine.failpoints),
@@ -79,11 +106,15 @@ async def _serve(
         on_event=runtime.saw,
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        loop.add_signal_handler(number, runtime.drain, signal.Signals(number).name)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        loop.add_signal_handler(number, runtime.drain, number.name)
+    for number, end in _TIME_IS_OVER.items():
+        loop.add_signal_handler(number, runtime.cut_short, str(end), end)
     if follow_input:
         loop.add_reader(sys.stdin.fileno(), _input_closed, runtime.drain)
-    return await runtime.run(dealer)
+    code = await runtime.run(dealer)
+    (scratch / SERVED).write_text(str(runtime.requests))
+    return code
 
 
 def _input_closed(drain: Callable[[str], None]) -> None:

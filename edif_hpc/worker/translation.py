@@ -71,11 +71,12 @@ def lease_end(outcome: Outcome) -> LeaseEnd | None:
 def facts_of(info: EngineInfo) -> dict[str, Any]:
     """What the relay, `/env`, `ps` and every result's `meta` are told of a worker."""
     versions = {name: info.packages[name] for name in _SHOWN_VERSIONS if name in info.packages}
-    return {
+    unverified = {"unverified": True} if info.unverified else {}
+    return unverified | {
         "commit": info.commit,
         "adapters": dict(info.adapters),
         "dtype": info.dtype,
-        "device": "cpu",
+        "device": f"{info.device} ({info.device_name})" if info.device_name else info.device,
         "isolation": str(info.isolation.level),
         "isolation_missing": list(info.isolation.missing),
         "versions": versions | {"python": info.python_version.split()[0]},
@@ -84,5 +85,6 @@ def facts_of(info: EngineInfo) -> dict[str, Any]:
         "weights_bytes": info.weights_bytes,
         "load_s": round(info.load_s, 2),
         "attn_implementation": info.attn_implementation,
-        "task": info.task,
+        "tasks": dict(info.tasks),
+        "random_weights": dict(info.random_weights),
     }

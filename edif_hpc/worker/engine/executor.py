@@ -1,11 +1,11 @@
 """The process that runs one request and is thrown away.
 
 It begins as a copy of the zygote. Before it says `Ready` it locks itself up (`jail`) and only then
-starts threads and computes: if there is time, it rehearses the self-test, so that what a first forward
-sets up is not part of a request. Then it waits. When the request comes it sets all random generators by
-the seed that comes along, because all copies of the zygote would otherwise draw the same numbers; runs
-it; writes the result; says `Done` or `Broken`; and ends without running anything that the request may
-have left to be run at exit.
+starts threads, opens the weights on a device if there is one, and computes: if there is time, it
+rehearses the self-test, so that what a first forward sets up is not part of a request. Then it waits.
+When the request comes it sets all random generators by the seed that comes along, because all copies
+of the zygote would otherwise draw the same numbers; runs it; writes the result; says `Done` or `Broken`;
+and ends without running anything that the request may have left to be run at exit.
 
 The worker believes nothing that comes from here beyond its form: everything after the request has
 begun may be the researcher's doing.
@@ -20,7 +20,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from nnsight.tracing.globals import BLOCKS, SOURCES
 
-from edif_hpc.errors import EdifError, NotPermitted, TooLarge
-from edif_hpc.worker.engine import fidelity, memory, saves
+from edif_hpc.domain.deployment import parse_model_key
+from edif_hpc.errors import EdifError, EngineError, NotPermitted, TooLarge
+from edif_hpc.worker.engine import classes, environment, fidelity, kernels, memory, saves, weights
+from edif_hpc.worker.engine import device as devices
 from edif_hpc.worker.engine.console import Allowance, Console
 from edif_hpc.worker.engine.jail import Jail
 from edif_hpc.worker.engine.messages import (
@@ -40,6 +42,7 @@ from edif_hpc.worker.engine.messages import (
     Log,
     Message,
     Ready,
+    Refused,
     Run,
     Written,
 )
@@ -56,14 +59,38 @@ RESERVE_BYTES = 64 * 1024 * 1024
 class House:
     """What the zygote prepared and every executor inherits."""
 
-    model: Any
+    #: By task; the first one is the deployment's first.
+    models: Mapping[str, Any]
+    #: Of a task that lacks some: the names of weights that the checkpoint does not have.
+    random_weights: Mapping[str, list[str]]
+    #: Tasks whose numbers are those of a local run only when gradients are tracked.
+    graded: frozenset[str]
     #: The folder of each adapter that a request may have attached.
     adapters: Mapping[str, str]
     jail: Jail
     threads: int
     scratch: Path
-    selftest: bytes
+    #: By model key, in the order of `models`.
+    selftests: Mapping[str, bytes]
     consoles: tuple[Console, Console]
+    holder: weights.Holder
+    #: What executors compute on, if not on the CPU.
+    device: devices.Device | None
+    #: What tells its driver which devices are ours.
+    driver: Mapping[str, str]
+
+    def task(self, model_key: str) -> str:
+        """Return the task that a key names; the first one for no key.
+
+        Raises:
+            NotPermitted: it is not served.
+        """
+        task = parse_model_key(model_key).task if model_key else next(iter(self.models))
+        if task not in self.models:
+            raise NotPermitted(
+                f"the task {task!r} is not served here; served: {', '.join(self.models)}"
+            )
+        return task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +111,52 @@ def main(house: House, order: Fork, fds: Sequence[int]) -> NoReturn:
     """Live the whole life of an executor; `fds` are its socket and its result's file."""
     status = 1
     try:
-        steps = house.jail.enter(folder_of(house.scratch, order.executor))
+        folder = folder_of(house.scratch, order.executor)
+        steps = house.jail.enter(folder)
+        os.environ.update(environment.places(folder))  # noqa: TID251 - written, for libraries
         channel = _keep_only(fds)
-        torch.set_num_threads(house.threads)
-        if order.rehearse:
-            rehearse(house, RESULT_FD)
-        channel.send(Ready(steps=steps))
+        house, ready = _get_ready(house, order, steps, channel)
+        channel.send(ready)
         _serve(house, channel)
         status = 0
     finally:
         os._exit(status)
+
+
+def _get_ready(
+    house: House, order: Fork, steps: list[str], channel: Channel
+) -> tuple[House, Ready]:
+    """Start threads, open the weights, rehearse; what stands in the way is told before it ends this process."""
+    try:
+        torch.set_num_threads(house.threads)
+        house, ready = _opened(house, order, steps)
+        if order.rehearse:
+            rehearse(house, next(iter(house.selftests)), RESULT_FD)
+    except Exception as error:
+        text = str(error) if isinstance(error, EdifError) else f"{type(error).__name__}: {error}"
+        channel.send(Refused(code=EngineError.code, message=text[:4000]))
+        raise
+    return house, ready
+
+
+def _opened(house: House, order: Fork, steps: list[str]) -> tuple[House, Ready]:
+    """Have the weights where they are computed with; the first executor finds out what holds for all."""
+    device = house.device
+    if device is None:
+        return house, Ready(steps=steps)
+    devices.show(house.driver)
+    name = device.start()
+    modules = [model._module for model in house.models.values()]  # noqa: SLF001 - as nnsight's own helpers do
+    free = devices.wait_for_memory(device, weights.size(modules), before=order.free_bytes)
+    house.holder.open(modules, device.torch)
+    for model in house.models.values():
+        if getattr(model, "pipeline", None) is not None:
+            model.pipeline.device = device.torch
+    graded = order.graded
+    if not order.free_bytes:
+        graded = [t for t, each in house.models.items() if kernels.differ_with_gradients(each)]
+    ready = Ready(steps=steps, device_name=name, free_bytes=free, graded=graded)
+    return replace(house, graded=frozenset(graded)), ready
 
 
 def _keep_only(fds: Sequence[int]) -> Channel:
@@ -109,13 +172,13 @@ def _keep_only(fds: Sequence[int]) -> Channel:
     )
 
 
-def rehearse(house: House, result_fd: int) -> None:
-    """Answer the self-test for the side effects, to nobody, and forget that it was."""
+def rehearse(house: House, key: str, result_fd: int) -> None:
+    """Answer the self-test of a model key for the side effects, to nobody, and forget that it was."""
     run = Run(
-        blob=house.selftest,
+        blob=house.selftests[key],
         compress=True,
         env={},
-        model_key="",
+        model_key=key,
         seed=0,
         gradients=False,
         memory_bytes=0,
@@ -151,6 +214,8 @@ def _answer(
         "threads": house.threads,
         "max_mem_by_gpu": {},
     }
+    if house.device is not None:
+        house.device.begin()
     _reseed(run.seed)
     allowance = Allowance(
         lambda text: send(Log(text=text)), max_bytes=run.log_bytes, max_lines=run.log_lines
@@ -166,6 +231,8 @@ def _answer(
     failure = _attempt(house, run, fds, store, meta)
     for console in house.consoles:
         console.finish()
+    if house.device is not None:
+        meta["max_mem_by_gpu"] = {"0": house.device.peak_bytes()}
     meta["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if failure is None:
         return Done(inline=store.inline, size=store.size, meta=meta)
@@ -185,20 +252,29 @@ def _attempt(
     try:
         blob = run.blob if run.blob is not None else _read(fds[0])
         payload = fidelity.unpack(blob, compress=run.compress)
-        meta |= fidelity.apply_env(house.model, run.env, house.adapters)
-        tracer = fidelity.restore(house.model, payload)
-        gradients = meta["gradients"] = gradients or fidelity.wants_gradients(payload, tracer)
-        saved = fidelity.execute(tracer, gradients=gradients)
-        saves.write(saved, store, compress=run.compress)
+        task = house.task(run.model_key)
+        model = house.models[task]
+        if task in house.random_weights:
+            meta["random_weights"] = [*house.random_weights[task]]
+        meta |= fidelity.apply_env(model, run.env, house.adapters)
+        tracer = fidelity.restore(model, payload)
+        sent = classes.sent()
+        gradients = gradients or task in house.graded or fidelity.wants_gradients(payload, tracer)
+        meta["gradients"] = gradients
+        saved = fidelity.execute(model, tracer, gradients=gradients)
+        saves.write(saved, store, compress=run.compress, sent=sent)
     except TooLarge as error:
         return Failure(kind=FailureKind.LIMIT, message=str(error))
     except (NotPermitted, EdifError) as error:
         return Failure(kind=FailureKind.USER, message=str(error))
     except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever the block raises is told
         _release_reserve()
+        kind = fidelity.judge(error)
+        scarce = kind is FailureKind.OOM and house.device is not None and house.device.lacks(error)
+        told = f"\n\n{devices.scarcity(house.device)}" if scarce and house.device else ""
         return Failure(
-            kind=fidelity.judge(error),
-            message=fidelity.explain(error),
+            kind=kind,
+            message=fidelity.explain(error) + told,
             lacked_gradients=not gradients and fidelity.lacked_gradients(error),
         )
     return None

@@ -46,8 +46,13 @@ _SYSTEM = (
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime", "/etc/timezone",
     "/etc/mime.types", "/etc/fonts", "/etc/ssl/certs", "/etc/passwd", "/etc/group",
     "/etc/nsswitch.conf", "/etc/alternatives",
+    "/.singularity.d/libs",  # what Apptainer brings of the host's driver
 )  # fmt: skip
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+#: What a GPU's driver is reached by, of either vendor. Which of the nodes may be opened is for the node's cgroup to say.
+_DRIVER_NODES = ("nvidia*", "kfd", "dri")
+#: Where the driver's libraries read what there is, and how it is connected.
+_DRIVER_FACTS = ("/sys", "/proc/driver/nvidia", "/proc/devices", "/proc/modules")
 #: Of a /proc shared with others: only what says nothing about them.
 _PROC = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/filesystems", "/proc/sys/vm")
 
@@ -91,13 +96,17 @@ class Jail:
         self._self = os.pidfd_open(os.getpid())
         self._rules: list[landlock.Rule] = []
 
-    def shut(self, scratch: Path, readable: Iterable[Path] = ()) -> None:
+    def shut(self, scratch: Path, readable: Iterable[Path] = (), *, gpu: bool = False) -> None:
         """Settle, now that the zygote has loaded, what executors may read: libraries and `readable`.
 
+        With `gpu` they may also use the nodes of its driver.
         The zygote itself loses the network, and all writing but in `scratch`.
         """
         self._rules += landlock.rules([*map(Path, _SYSTEM), *_python(), *readable], landlock.READ)
         self._rules += landlock.rules(map(Path, _DEVICES), landlock.DEVICE)
+        if gpu:
+            self._rules += landlock.rules(driver_nodes(), landlock.DRIVER)
+            self._rules += landlock.rules(map(Path, _DRIVER_FACTS), landlock.READ)
         if not self.layers.namespaces:
             return
         root = Path("/")
@@ -307,6 +316,11 @@ def _set_limits(*, own_user: bool) -> None:
         hard = resource.getrlimit(kind)[1]
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (most, most))
+
+
+def driver_nodes(dev: Path = Path("/dev")) -> list[Path]:
+    """Return the nodes by which the driver of a GPU is reached."""
+    return [path for pattern in _DRIVER_NODES for path in sorted(dev.glob(pattern))]
 
 
 def _python() -> list[Path]:

@@ -32,6 +32,7 @@ _WRITE_FILE = 1 << 1
 _READ_FILE = 1 << 2
 _READ_DIR = 1 << 3
 _TRUNCATE = 1 << 14
+_IOCTL_DEVICE = 1 << 15
 #: How many kinds of file access each ABI handles: 13 in the first, then refer, truncate, ioctl_dev.
 _ACCESS_BITS = {0: 0, 1: 13, 2: 14, 3: 15, 4: 15}
 _ACCESS_BITS_NOW = 16
@@ -41,8 +42,10 @@ _SCOPES = 0b11
 ALL = (1 << _ACCESS_BITS_NOW) - 1
 READ = _EXECUTE | _READ_FILE | _READ_DIR
 DEVICE = _READ_FILE | _WRITE_FILE
+#: A driver is spoken to by ioctl, and its nodes may lie in a folder.
+DRIVER = DEVICE | _IOCTL_DEVICE | _READ_DIR
 #: What makes sense on a path that is no folder.
-_ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | (1 << 15)
+_ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
 
 
 def abi() -> int:

@@ -15,11 +15,12 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process, create_subprocess_exec
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edif_hpc.errors import EngineError, IsolationTooWeak
+from edif_hpc.worker.engine import environment
 from edif_hpc.worker.engine.messages import (
     FROM_FETCH,
     FROM_ZYGOTE,
@@ -116,16 +117,17 @@ class Program:
             self.process.kill()
 
 
-async def fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
+async def _fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
     """Have the model's files on this machine; return where, and of which commit."""
     optional = {
         "HF_ENDPOINT": spec.hub_endpoint,
         "HF_HUB_CACHE": spec.hub_cache and str(spec.hub_cache),
         "HF_TOKEN": spec.hub_token,
+        "ALL_PROXY": spec.proxy,
     }
-    environment = _environment(spec) | {k: v for k, v in optional.items() if v}
+    variables = environment.of_program(spec) | {k: v for k, v in optional.items() if v}
     arguments = [spec.source, spec.revision or "", *map(str, spec.adapters)]
-    program = await Program.start("fetch", arguments, environment, spec.scratch)
+    program = await Program.start("fetch", arguments, variables, spec.scratch)
     try:
         return await program.expect(Fetched, on_progress)
     finally:
@@ -134,11 +136,15 @@ async def fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
         program.channel.close()
 
 
-async def launched(spec: EngineSpec, source: Fetched) -> Program:
-    """Start the zygote and tell it what to load."""
-    program = await Program.start("zygote", [str(os.getpid())], _environment(spec), spec.scratch)
+async def launched(spec: EngineSpec, on_progress: OnProgress) -> Program:
+    """Have the model's files here, start the zygote and tell it what to load."""
+    environment.home(spec.scratch).mkdir(mode=0o700)
+    source = await _fetched(spec, on_progress)
+    variables = environment.of_program(spec)
+    program = await Program.start("zygote", [str(os.getpid())], variables, spec.scratch)
     load = Load(
         model_key=spec.model_key,
+        more_tasks=list(spec.more_tasks),
         folder=source.folder,
         commit=source.commit,
         adapters=source.adapters,
@@ -148,9 +154,14 @@ async def launched(spec: EngineSpec, source: Fetched) -> Program:
         scratch=str(spec.scratch),
         ceiling=str(spec.ceiling),
         floor=str(spec.floor),
+        driver=environment.of_driver(spec),
     )
     await program.channel.send(load)
     return program
+
+
+#: How a pool comes by its zygote.
+Launch = Callable[[EngineSpec, OnProgress], Awaitable[Program]]
 
 
 def emptied(folder: Path) -> None:
@@ -181,25 +192,3 @@ def described(loaded: Loaded) -> EngineInfo:
         return EngineInfo(**told, persistent=persistent, isolation=isolation)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the zygote describes the model incompletely: {error!r}") from error
-
-
-def _environment(spec: EngineSpec) -> dict[str, str]:
-    """Return a whole environment; nothing of the worker's is inherited."""
-    return {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "HOME": str(spec.scratch),
-        "TMPDIR": str(spec.scratch),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        # One thread before the fork, in every library that would make a pool.
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        # Threads that wait for work must not spin: executors share the cores with each other.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }

@@ -10,7 +10,7 @@ type used here needs a check there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edif_hpc.worker.engine.values import Plain
 
@@ -20,6 +20,7 @@ class Load:
     """Worker to zygote, once: what to load, from a folder on this machine."""
 
     model_key: str
+    more_tasks: list[str]
     folder: str
     commit: str | None
     adapters: dict[str, str]
@@ -29,6 +30,8 @@ class Load:
     scratch: str
     ceiling: str
     floor: str
+    #: What an executor sets before it starts the driver of a device.
+    driver: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +45,15 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Zygote to worker, once: the weights are in place; `selftest` is a blob to try it with."""
+    """Zygote to worker, once: the weights are in place. `selftests` has a blob to try each task with, by model key."""
 
     info: dict[str, Plain]
-    selftest: bytes
+    selftests: dict[str, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Zygote to worker: it cannot serve; `code` is that of an error class."""
+    """Zygote, fetch or an executor that is not ready to worker: it cannot serve; `code` is that of an error class."""
 
     code: str
     message: str
@@ -73,11 +76,14 @@ class Fetched:
 class Fork:
     """Worker to zygote: fork an executor. Beside it: its socket, and the file for its result.
 
-    With `rehearse` it runs the self-test before it is ready.
+    With `rehearse` it runs the self-test before it is ready. The rest is what the first one found on the device, if there is
+    one: how many bytes were free (0: this is the first), and the tasks whose numbers want gradients tracked.
     """
 
     executor: int
     rehearse: bool
+    free_bytes: int = 0
+    graded: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +106,12 @@ class Exited:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Executor to worker: locked up, warm, waiting. `steps` is what confined it, in order."""
+    """Executor to worker: locked up, warm, waiting. `steps` is what confined it, in order; the rest is of its device."""
 
     steps: list[str]
+    device_name: str = ""
+    free_bytes: int = 0
+    graded: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +172,7 @@ Message = (
 )  # fmt: skip
 FROM_ZYGOTE = (Loading, Loaded, Refused, Forked, Exited)
 FROM_FETCH = (Loading, Fetched, Refused)
-FROM_EXECUTOR = (Ready, Log, Written, Done, Broken)
+FROM_EXECUTOR = (Ready, Refused, Log, Written, Done, Broken)
 TO_ZYGOTE = (Load, Fork)
 TO_EXECUTOR = (Run,)
 

@@ -5,6 +5,9 @@ once. Its replacement is ordered when the job has ended, if another one is ready
 not compete with the job; and at once if none is. An executor rehearses before it is ready only when there
 is time for it: not when jobs run and none is left to take, because then one waits for it, or will.
 
+On a device every executor has all the weights, so there is one at a time: the next is ordered when the one
+before is reaped, and is ready only when the memory of that is back (`device`).
+
 A job that failed for want of gradients has a second run, in another executor (`rerun`). A job ends in one of these ways: the executor says so; it dies (then the evidence decides between a crash
 and memory that ran out); its time is over; or the caller cancels the task, and then `run` returns only
 when the process is reaped. When the zygote dies, all executors die with it, every job ends with the kind
@@ -17,15 +20,15 @@ import asyncio
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edif_hpc.errors import EngineError, RemoteProtocolError
 from edif_hpc.worker.engine import evidence
-from edif_hpc.worker.engine.launch import Program, described, emptied, fetched, launched
-from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Loaded, Message, Refused
+from edif_hpc.worker.engine.launch import Launch, Program, described, emptied, launched
+from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Loaded, Message, Ready, Refused
 from edif_hpc.worker.engine.protocol import PeerClosed
 from edif_hpc.worker.engine.rerun import Lacked, Said, Turn
 from edif_hpc.worker.engine.seat import Seat
@@ -42,8 +45,6 @@ from edif_hpc.worker.engine.values import (
     Saved,
 )
 
-#: How long a killed process may take to be reaped before the engine counts as broken.
-REAP_TIMEOUT_S = 10.0
 #: So many executors in a row that do not become ready end the engine.
 FAILED_STARTS = 3
 
@@ -55,8 +56,9 @@ def quiet(*_: object) -> None:
 class Engine:
     """One loaded model and the executors that run requests on it."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, launch: Launch = launched) -> None:
         self.spec = spec
+        self._launch = launch
         #: Why the engine is dead, once it is. Made by `start`, which knows the loop.
         self.died: asyncio.Future[str]
         self._zygote: Program
@@ -67,6 +69,8 @@ class Engine:
         self._warming = 0
         self._running = 0
         self._failed_starts = 0
+        #: What the first executor said of its device.
+        self._first: Ready | None = None
         self._oom_kills = evidence.oom_kills()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -83,8 +87,7 @@ class Engine:
         emptied(self.spec.scratch)
         try:
             async with asyncio.timeout(self.spec.load_timeout_s):
-                source = await fetched(self.spec, on_progress)
-                self._zygote = await launched(self.spec, source)
+                self._zygote = await self._launch(self.spec, on_progress)
                 return await self._loaded(on_progress)
         except TimeoutError as error:
             raise EngineError(
@@ -99,11 +102,11 @@ class Engine:
             self._spawn(self._listen(), "engine-control")
             self._refill()
             on_progress(Progress(stage="self-test"))
-            await self._self_test(loaded.selftest)
+            await self._self_test(loaded.selftests)
         except BaseException:
             await self.stop()
             raise
-        return info
+        return replace(info, device_name=self._first.device_name if self._first else "")
 
     async def stop(self) -> None:
         """End every process and wait until they are gone."""
@@ -237,10 +240,11 @@ class Engine:
 
     def _refill(self) -> None:
         """Order as many executors as are missing."""
-        if self.died.done():
+        if self.died.done() or (self.spec.alone and self._seats):
             return
         rehearse = bool(self._ready) or self._running == 0
-        for _ in range(self.spec.ready - len(self._ready) - self._warming):
+        wanted = 1 if self.spec.alone else self.spec.ready
+        for _ in range(wanted - len(self._ready) - self._warming):
             self._warming += 1
             self._spawn(self._hire(rehearse=rehearse), "engine-executor")
 
@@ -250,38 +254,55 @@ class Engine:
         self._seats[seat.number] = seat
         try:
             async with asyncio.timeout(self.spec.ready_timeout_s):
-                order = Fork(executor=seat.number, rehearse=rehearse)
+                order = self._order(seat.number, rehearse=rehearse)
                 await self._zygote.channel.send(order, [seat.theirs.fileno(), seat.result_fd])
                 seat.handed_over()
-                await seat.ready()
-        except (PeerClosed, RemoteProtocolError, TimeoutError) as error:
+                ready = await seat.ready()
+        except (EngineError, PeerClosed, RemoteProtocolError, TimeoutError) as error:
             seat.kill()
             self._warming -= 1
             self._failed_start(error)
         else:
             self._warming -= 1
             self._failed_starts = 0
+            self._first = self._first or ready
             self._offer(seat)
         await seat.exited
-        if seat in self._ready:
+        async with seat.heard:
+            self._seats.pop(seat.number).clear()
+        lost = seat in self._ready
+        if lost:
             self._ready.remove(seat)
+        if lost or self.spec.alone:
             self._refill()
-        self._seats.pop(seat.number).clear()
+
+    def _order(self, number: int, *, rehearse: bool) -> Fork:
+        first = self._first
+        if first is None:
+            return Fork(executor=number, rehearse=rehearse)
+        return Fork(
+            executor=number,
+            rehearse=rehearse,
+            free_bytes=first.free_bytes,
+            graded=first.graded,
+        )
 
     def _failed_start(self, error: Exception) -> None:
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
-            self._die(f"{FAILED_STARTS} executors in a row did not become ready: {error!r}")
+            said = str(error) if isinstance(error, EngineError) else repr(error)
+            self._die(f"{FAILED_STARTS} executors in a row did not become ready: {said}")
         else:
             self._refill()
 
     async def _reaped(self, seat: Seat) -> Exited | None:
         """Wait until the executor is gone; `None` if the zygote is, and took it along."""
         either: set[asyncio.Future[Any]] = {seat.exited, self.died}
-        await asyncio.wait(either, timeout=REAP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        timeout_s = self.spec.reap_timeout_s
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if seat.exited.done():
             return seat.exited.result()
-        self._die(f"executor {seat.number} is not gone {REAP_TIMEOUT_S:g} s after SIGKILL")
+        self._die(f"executor {seat.number} is not gone {timeout_s:g} s after SIGKILL")
         return None
 
     async def _failed(self, seat: Seat, kind: FailureKind, text: str) -> Failed:
@@ -340,15 +361,27 @@ class Engine:
         text = "the server lost the process that held the model; nothing is wrong with the request"
         return Failed(kind=FailureKind.ENGINE, message=text, meta={"cause": self.died.result()})
 
-    async def _self_test(self, blob: bytes) -> None:
-        """Run the self-test as it stands and with each adapter."""
-        for env in ({}, *({"peft": each.repo_id} for each in self.spec.adapters)):
-            job = Job(request_id="self-test", attempt=0, blob=blob, compress=True, env=env)
+    async def _self_test(self, blobs: Mapping[str, bytes]) -> None:
+        """Run the self-test of each task, and that of the first with each adapter."""
+        first = next(iter(blobs))
+        tests: list[tuple[str, dict[str, Plain]]] = [(key, {}) for key in blobs]
+        tests += [(first, {"peft": each.repo_id}) for each in self.spec.adapters]
+        for key, env in tests:
+            job = Job(
+                request_id="self-test",
+                attempt=0,
+                blob=blobs[key],
+                compress=True,
+                env=env,
+                model_key=key,
+            )
             outcome = await self.run(job)
+            if self.died.done():
+                raise EngineError(self.died.result())
             if isinstance(outcome, Failed):
-                which = f" with the adapter {env['peft']}" if env else ""
+                which = f"with the adapter {env['peft']}" if env else f"of {key}"
                 raise EngineError(
-                    f"the self-test{which} failed ({outcome.kind}): {outcome.message} {outcome.meta}"
+                    f"the self-test {which} failed ({outcome.kind}): {outcome.message} {outcome.meta}"
                 )
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from edif_hpc.errors import RemoteProtocolError
+from edif_hpc.errors import EngineError, RemoteProtocolError
 from edif_hpc.worker.engine.messages import (
     FROM_EXECUTOR,
     Broken,
@@ -19,6 +19,7 @@ from edif_hpc.worker.engine.messages import (
     Exited,
     Log,
     Ready,
+    Refused,
     Run,
     Written,
 )
@@ -55,6 +56,8 @@ class Seat:
         self.theirs = theirs
         self.killed = False
         self.exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
+        #: Held while a job is read from it: it may be gone before all that it said was heard.
+        self.heard = asyncio.Lock()
         self._pidfd: int | None = None
         self._keep_result = False
 
@@ -84,22 +87,29 @@ class Seat:
             return
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._pidfd, settle, ended)
+        pidfd = os.dup(
+            self._pidfd
+        )  # the seat may be cleared meanwhile, by whoever hears of its end first
+        loop.add_reader(pidfd, settle, ended)
         try:
             await ended
         finally:
-            loop.remove_reader(self._pidfd)
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
 
-    async def ready(self) -> list[str]:
-        """Wait until the executor can take a job; return the steps that confined it.
+    async def ready(self) -> Ready:
+        """Wait until the executor can take a job; return what it says of itself.
 
         Raises:
+            EngineError: it says that it will not be ready, and why.
             RemoteProtocolError: it says something else.
         """
         message, _ = await self.channel.receive()
+        if isinstance(message, Refused):
+            raise EngineError(message.message)
         if not isinstance(message, Ready):
             raise RemoteProtocolError(f"an executor begins with {type(message).__name__}")
-        return message.steps
+        return message
 
     async def run(
         self,
@@ -114,7 +124,13 @@ class Seat:
             PeerClosed: the executor died without saying.
             RemoteProtocolError: it said something that no executor of ours would.
         """
-        await self._hand_over(job, turn)
+        async with self.heard:
+            await self._hand_over(job, turn)
+            return await self._listen(job, on_log, on_written)
+
+    async def _listen(
+        self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
+    ) -> Outcome:
         written = False
         lines = job.limits.log_lines + _LOG_GRACE_LINES
         space = job.limits.log_bytes + _LOG_GRACE_BYTES

@@ -27,6 +27,9 @@ MIB = 1024 * 1024
 #: A result of at most this many final bytes travels through the socket; a larger one lies in a file.
 INLINE_BYTES = MIB
 
+#: The GPUs, by the names that torch has for them, on which scripts/check-gpu has passed; its report is in docs/reference.
+VERIFIED_GPUS: frozenset[str] = frozenset()
+
 #: A plain value: what JSON can say. Meta is made of these, so no reader ever has to trust it.
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
@@ -53,6 +56,8 @@ class EngineSpec:
 
     #: The client's key, `import.path.Class:{json}`; says the class and the task.
     model_key: str
+    #: Tasks to serve beside that of the key, from the same weights.
+    more_tasks: tuple[str, ...] = ()
     #: Where the weights come from: a hub repository, or a folder on this machine.
     source: str
     #: A pinned commit or a branch; `None` is the hub's default, or a local folder.
@@ -61,7 +66,10 @@ class EngineSpec:
     adapters: tuple[Adapter, ...] = ()
     #: A torch dtype by name, or `auto` for that of the checkpoint.
     dtype: str = "auto"
+    #: `cpu`; `cuda` for a GPU, of which each executor then has a copy of the weights; `cpu:0` tries that without one.
     device: str = "cpu"
+    #: Variables of the worker's own environment by which a GPU's driver is found and devices are chosen.
+    driver: Mapping[str, str] = field(default_factory=dict)
     #: Compute threads of one executor.
     threads: int = 1
     #: Executors held ready ahead of need.
@@ -75,10 +83,19 @@ class EngineSpec:
     hub_endpoint: str | None = None
     hub_cache: Path | None = None
     hub_token: str | None = None
+    #: URL of the SOCKS proxy through which the hub is reached, if there has to be one.
+    proxy: str | None = None
     #: How long loading may take before the engine is given up.
     load_timeout_s: float = 3600.0
     #: How long one executor may take to become ready.
     ready_timeout_s: float = 60.0
+    #: How long a killed executor may take to be reaped before the engine counts as broken.
+    reap_timeout_s: float = 10.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one executor at a time, because each has all the weights on the device."""
+        return self.device != "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +110,7 @@ class Job:
     compress: bool
     #: The client's per-request settings of the model; checked against an allow-list.
     env: Mapping[str, Plain] = field(default_factory=dict)
-    #: The key that the client named, echoed in meta.
+    #: The key that the client named, echoed in meta; the task in it decides the model. Empty: the first one.
     model_key: str = ""
     limits: Limits = field(default_factory=Limits)
 
@@ -150,8 +167,8 @@ class EngineInfo:
     #: The commit that was loaded; a folder's is taken from its contents.
     commit: str | None
     dtype: str
-    model_class: str
-    task: str | None
+    #: The class of the model behind each task, the first one first.
+    tasks: dict[str, str]
     #: Names that requests may refer to instead of carrying, besides the modules.
     persistent: tuple[str, ...]
     attn_implementation: str | None
@@ -161,5 +178,15 @@ class EngineInfo:
     isolation: Isolation
     weights_bytes: int
     load_s: float
+    device: str = "cpu"
+    #: What its driver calls it; empty for the CPU.
+    device_name: str = ""
     #: The commit of each adapter that requests may have attached.
     adapters: dict[str, str] = field(default_factory=dict)
+    #: By task: what the checkpoint has no weights for, so that its numbers are random. Tasks that lack nothing are not here.
+    random_weights: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def unverified(self) -> bool:
+        """Whether what is promised has not been tried on this kind of device."""
+        return self.device != "cpu" and self.device_name not in VERIFIED_GPUS

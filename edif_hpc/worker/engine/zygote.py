@@ -1,8 +1,8 @@
 """The process that holds the imports and the weights, and forks executors.
 
 It is executed fresh, with an environment built for it and no descriptor but one, so that nothing of the
-worker's (keys, sockets) can be inherited by what it forks. It loads the model once, rehearses the
-self-test, and from then on does three things: forks an executor on order, reaps those that ended, and
+worker's (keys, sockets) can be inherited by what it forks. It loads the models once, rehearses their
+self-tests, and from then on does three things: forks an executor on order, reaps those that ended, and
 says so. No request reaches it, and it computes with one thread only: a child of a process that has
 computed with more hangs in the thread library.
 
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edif_hpc.errors import EdifError, EngineError, SettingsError
+from edif_hpc.errors import EdifError, EngineError
+from edif_hpc.worker.engine import environment, room, versions
 from edif_hpc.worker.engine import jail as jails
-from edif_hpc.worker.engine import versions
 from edif_hpc.worker.engine.console import Console
 from edif_hpc.worker.engine.messages import (
     TO_ZYGOTE,
@@ -45,11 +46,15 @@ if TYPE_CHECKING:
     from edif_hpc.worker.engine.executor import House
 
 LAST_FD = 1 << 20
+#: A scheduler's warnings may reach all processes of a job. What they mean is the worker's to decide: it ends us.
+WARNINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
     """Load, then serve until the worker closes the control socket."""
     control_fd, worker_pid = int(arguments[0]), int(arguments[1])
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)  # and in all that is forked from here
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, LAST_FD)
     channel = Channel(
@@ -78,45 +83,59 @@ def _load(channel: Channel) -> Load:
 
 
 def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Loaded]:
-    """Go from a bare interpreter to a loaded model that is cheap and safe to fork."""
+    """Go from a bare interpreter to loaded models that are cheap and safe to fork."""
     began = monotonic()
-    if load.device != "cpu":
-        raise SettingsError(f"device {load.device!r} is not served by this engine; only 'cpu' is")
     scratch = Path(load.scratch)
     jails.follow(os.pidfd_open(worker_pid))
     layers, missing = jails.probe(scratch, ceiling=Level(load.ceiling), floor=Level(load.floor))
     jail = jails.Jail(layers)
-    consoles = Console(), Console()
+    # Before the imports: handlers of loggers keep the stream that they find then.
+    sys.stdout, sys.stderr = consoles = Console(aside=sys.stdout), Console(aside=sys.stderr)
     report = _reporter(channel)
     report("importing", 0, 0)
     versions.check()
-    from edif_hpc.worker.engine import loading, memory, selftest, weights  # noqa: PLC0415 - heavy
+    from edif_hpc.worker.engine import device as devices  # noqa: PLC0415 - heavy
+    from edif_hpc.worker.engine import kernels, loading, memory, selftest, weights  # noqa: PLC0415
     from edif_hpc.worker.engine.executor import House, rehearse  # noqa: PLC0415
 
+    device = devices.of(load.device)
     loading.be_one_thread()
     loading.import_peft(load)
+    room.check(Path(load.folder), dtype=load.dtype, free=room.free_bytes())
     report("loading", 0, 0)
-    model = loading.load_model(load)
-    holder: weights.Holder = weights.MemoryFile()
-    size = holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
-    blob = selftest.capture(model)
-    info = loading.describe(model, load)
-    jail.shut(scratch, loading.readable(load))
-    sys.stdout, sys.stderr = consoles
+    holder: weights.Holder = weights.Private() if device else weights.MemoryFile()
+    models: dict[str, Any] = {}
+    selftests: dict[str, bytes] = {}
+    size = 0
+    for key, model in loading.load_models(load):
+        size += holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
+        models[key.task], selftests[key.render()] = model, selftest.capture(model)
+    info = loading.describe(models, load)
+    readable = {*loading.readable(load), environment.home(scratch)}
+    jail.shut(scratch, readable, gpu=device is not None and device.gpu)
     tempfile.tempdir = os.curdir
+    # On a device they differ for other models than here; there the first executor tries.
+    tried = {} if device else models
     house = House(
-        model=model,
+        models=models,
+        random_weights=info["random_weights"],
+        graded=frozenset(t for t, each in tried.items() if kernels.differ_with_gradients(each)),
         adapters=load.adapters,
         jail=jail,
         threads=load.threads,
         scratch=scratch,
-        selftest=blob,
+        selftests=selftests,
         consoles=consoles,
+        holder=holder,
+        device=device,
+        driver=load.driver,
     )
     # What a first forward imports, caches and compiles, every executor finds done.
-    rehearse(house, os.memfd_create("rehearsal", os.MFD_CLOEXEC))
+    for test in selftests:
+        rehearse(house, test, os.memfd_create("rehearsal", os.MFD_CLOEXEC))
     memory.settle()
     info |= {
+        "device": load.device,
         "isolation": {
             "level": str(layers.level),
             "steps": [name for name, _ in jail.steps(scratch)],
@@ -125,7 +144,7 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
         "weights_bytes": size,
         "load_s": round(monotonic() - began, 3),
     }
-    return house, Loaded(info=info, selftest=blob)
+    return house, Loaded(info=info, selftests=selftests)
 
 
 def _reporter(channel: Channel) -> Callable[[str, int, int], None]:
@@ -183,6 +202,7 @@ class Zygote:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status, usage = os.wait4(pid, 0)
+        self._house.holder.settle()
         self._channel.send(
             Exited(
                 executor=executor,

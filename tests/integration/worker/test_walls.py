@@ -19,6 +19,7 @@ import pytest
 
 from edif_hpc.testing.absent import absent
 from edif_hpc.worker.engine import landlock
+from edif_hpc.worker.engine.environment import home, places
 from edif_hpc.worker.engine.values import FailureKind, Level, Limits
 from tests.integration.worker.conftest import KEY, Service, serving
 from tests.integration.worker.test_fidelity import trace
@@ -154,9 +155,7 @@ async def test_an_executor_has_no_descriptor_but_its_own(walled: Service) -> Non
     assert (await walled.send(counting)).values["open_ones"] == [0, 1, 2, 3, 4]
 
 
-async def test_nothing_of_the_workers_environment_is_inherited(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_of_the_workers_environment_is_inherited(service: Service) -> None:
     def looking(model: Any, **where: Any) -> None:
         with model.session(**where):
             import os
@@ -168,8 +167,67 @@ async def test_nothing_of_the_workers_environment_is_inherited(
         "PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE",
         "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM",
         "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "LC_CTYPE", "KMP_INIT_AT_FORK",
-        "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+        "KMP_DUPLICATE_LIB_OK", "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES",
+            *places(Path()),
     }  # fmt: skip
+
+
+async def test_no_executor_finds_what_another_has_cached(walled: Service) -> None:
+    """Neither where libraries look for what they compiled before, nor where the zygote keeps its own."""
+    names = tuple(places(Path()))
+
+    def leaving(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+            from pathlib import Path
+
+            for name in names:
+                folder = Path(os.environ[name])
+                folder.mkdir(exist_ok=True)
+                (folder / "kernel.so").write_text("poison")
+            written = nnsight.save({name: os.environ[name] for name in names})
+
+    def looking(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+            from pathlib import Path
+
+            import torch._inductor.runtime.cache_dir_utils as inductor
+
+            home = nnsight.save(str(Path.home()))
+            cache = nnsight.save(inductor.cache_dir())
+            found = nnsight.save([n for n in names if Path(os.environ[n], "kernel.so").exists()])
+
+    written = (await walled.send(leaving)).values["written"]
+    values = (await walled.send(looking)).values
+    assert values["found"] == []
+    assert values["home"] != written["HOME"]
+    assert values["cache"] == values["home"] + "/.inductor"
+    zygotes = home(walled.engine.spec.scratch)
+    assert not [*zygotes.rglob("kernel.so")]
+
+
+async def test_the_zygotes_home_is_read_and_not_written(walled: Service) -> None:
+    """Code of a model that came with its checkpoint lies there, and a block may want to read it."""
+    folder = home(walled.engine.spec.scratch)
+    (folder / "module.py").write_text("x = 1")
+    place = str(folder)
+
+    def using(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            from pathlib import Path
+
+            read = nnsight.save(Path(place, "module.py").read_text())
+            refused = nnsight.save("no")
+            try:
+                Path(place, "module.py").write_text("x = 2")
+            except OSError:
+                refused = nnsight.save("yes")
+
+    values = (await walled.send(using)).values
+    assert values["read"] == "x = 1"
+    walls = walled.info.isolation.level is not Level.PROCESS
+    assert values["refused"] == ("yes" if walls else "no")
 
 
 def frame(value: Any) -> bytes:

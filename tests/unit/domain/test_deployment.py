@@ -14,8 +14,8 @@ from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.deployment import (
     Deployment,
     ModelKey,
-    check_env,
     check_device,
+    check_env,
     check_name,
     default_name,
     each_task,

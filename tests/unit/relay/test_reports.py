@@ -54,3 +54,11 @@ def test_without_a_worker_each_task_says_why() -> None:
     found = status()
     assert [*found] == ["tiny", "tiny feature-extraction"]
     assert {each["why"] for each in found.values()} == {"nobody serves"}
+
+
+def test_a_device_on_which_nothing_was_tried_is_told() -> None:
+    on_gpu = worker(0, "warm")
+    on_gpu.facts |= {"device": "cuda (A6000)", "unverified": True}
+    entry = status(on_gpu)["tiny/0"]
+    assert (entry["device"], entry["unverified"]) == ("cuda (A6000)", True)
+    assert status(worker(0, "warm"))["tiny/0"]["unverified"] is False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edif_hpc.worker.engine.console import LINE_BYTES, Allowance, Console
+from edif_hpc.worker.engine.console import LINE_CHARACTERS, Allowance, Console
 
 
 def test_lines_go_out_when_they_are_complete() -> None:
@@ -34,8 +34,18 @@ def test_a_line_without_end_is_not_kept_for_ever() -> None:
     console.connect(lines.append)
     for _ in range(100):
         console.write("x" * 1000)
+    assert sum(map(len, lines)) > 100_000 - LINE_CHARACTERS
     console.finish()
-    assert len(lines[0]) <= LINE_BYTES
+    assert max(map(len, lines)) <= LINE_CHARACTERS
+    assert "".join(lines) == "x" * 100_000
+
+
+def test_a_long_line_goes_out_in_pieces() -> None:
+    lines: list[str] = []
+    console = Console()
+    console.connect(lines.append)
+    console.write("a" * LINE_CHARACTERS + "b" * 10 + "\n\nc\n")
+    assert lines == ["a" * LINE_CHARACTERS, "b" * 10, "", "c"]
 
 
 def test_both_streams_share_one_allowance() -> None:

@@ -143,7 +143,7 @@ async def test_large_orders_sent_at_once_do_not_mix() -> None:
     ours, channel = pair()
     orderer = AsyncChannel(ours, accepts=FROM_ZYGOTE, receive_limit=1 << 20)
     load = Load(
-        model_key="k" * 1_000_000, folder="/", commit=None, adapters={}, dtype="auto", device="cpu", threads=1,
+        model_key="k" * 1_000_000, more_tasks=[], folder="/", commit=None, adapters={}, dtype="auto", device="cpu", threads=1,
         scratch="/", ceiling="full", floor="full",
     )  # fmt: skip
     orders: list[Message] = [

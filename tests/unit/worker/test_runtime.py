@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 import pytest
 
 from edif_hpc.domain.request import FailureKind
@@ -584,6 +585,22 @@ async def test_another_server_is_no_reason_to_leave(
     assert "wrong server key" in caplog.text
     bench.hear(grant())
     await bench.runs("r1")
+
+
+async def test_a_connection_that_comes_back_is_greeted_at_once(bench: Bench) -> None:
+    """And what was asked on the one that broke is asked again; no heartbeat is waited for."""
+    await large_result(bench)
+    await bench.says(m.Need)
+    hellos, needs = len(bench.said(m.Hello)), len(bench.said(m.Need))
+    bench.runtime.saw(LinkEvent.CONNECTED, "tcp://relay")
+    assert len(bench.said(m.Hello)) == hellos, "the first connection"
+    bench.runtime.saw(LinkEvent.DISCONNECTED, "tcp://relay")
+    bench.runtime.saw(LinkEvent.CONNECTED, "tcp://relay")
+    bench.runtime.saw(LinkEvent.CONNECTED, "tcp://relay")
+    assert len(bench.said(m.Hello)) == hellos + 1
+    assert [each.request for each in bench.said(m.Hello)[-1].held] == ["r1"]
+    bench.hear(msgspec.structs.replace(WELCOME, keep=bench.said(m.Hello)[-1].held))
+    assert len(bench.said(m.Need)) == needs + 1
 
 
 async def test_an_unforeseen_fault_closes_everything(start: Start) -> None:

@@ -13,7 +13,7 @@ import zstandard
 
 from edif_hpc.errors import TooLarge
 from edif_hpc.worker.engine import saves
-from edif_hpc.worker.engine.saves import Store, collect, write
+from edif_hpc.worker.engine.saves import Store, write
 
 
 def store(path: Path | None = None, **changes: Any) -> Store:
@@ -33,22 +33,6 @@ def returned(values: dict[str, Any], *, compress: bool = False) -> dict[str, Any
         content = zstandard.ZstdDecompressor().decompress(content)
     loaded: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=False)
     return loaded
-
-
-def test_containers_that_hold_something_saved_come_along() -> None:
-    value, other = object(), object()
-    scope = {
-        "itself": value,
-        "listed": [1, value],
-        "tupled": (value,),
-        "named": {"a": {"b": value}},
-        "deep": [[[[value]]]],
-        "too deep": [[[[[value]]]]],
-        "other": other,
-        "others": [other],
-    }
-    found = collect(scope, {id(value)})
-    assert found.keys() == {"itself", "listed", "tupled", "named", "deep"}
 
 
 def test_a_view_is_cut_down_to_itself() -> None:
@@ -124,3 +108,27 @@ def test_a_full_disk_is_no_error_of_torch() -> None:
     )
     with pytest.raises(TooLarge, match="No space left"):
         write({"x": torch.randn(10)}, full, compress=False)
+
+
+def test_what_lies_on_a_device_is_the_same_views_of_one_copy() -> None:
+    base = torch.arange(12.0).view(3, 4)
+    group = [base, base.t(), base[1], torch.nn.Parameter(base[:, 1:3])]
+    copies = saves.on_the_cpu(group)
+    for tensor, copied in zip(group, copies, strict=True):
+        assert torch.equal(tensor, copied)
+        assert tensor.stride() == copied.stride()
+        assert (type(tensor), tensor.dtype) == (type(copied), copied.dtype)
+        assert tensor.requires_grad == copied.requires_grad
+    places = {each.untyped_storage().data_ptr() for each in copies}
+    assert len(places) == 1
+    assert base.untyped_storage().data_ptr() not in places
+    copies[0][1, 1] = 99
+    assert copies[2][1] == 99
+
+
+def test_a_view_that_is_computed_when_read_is_computed() -> None:
+    base = torch.tensor([1 + 2j, 3 - 4j])
+    whole, conjugate, negative = saves.on_the_cpu([base, base.conj(), base.conj().imag])
+    assert torch.equal(whole, base)
+    assert torch.equal(conjugate, torch.tensor([1 - 2j, 3 + 4j]))
+    assert torch.equal(negative, torch.tensor([-2.0, 4.0]))

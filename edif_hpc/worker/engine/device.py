@@ -1,0 +1,212 @@
+"""The device that an executor computes on, when that is not the CPU.
+
+A driver does not survive a fork: a process that has once asked it anything forks children in which it is broken. So the
+zygote does not even see a device (`environment` hides them), and all that is here happens in an executor, after its walls:
+it is shown the devices that the scheduler chose, starts the driver, and waits until there is room. An executor that was
+killed can leave its memory behind for a while, in particular when a kernel of it still ran, and a request that began
+before it is back would run out of memory through no fault of its own. How much has to be free is what the first
+executor found.
+
+PyTorch for ROCm calls its devices `cuda` as well, so one class does for both vendors. `cpu:0` stands in for a device where
+there is none: each executor has a copy of the weights in its own memory. It is for tests.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import torch
+from transformers.utils import import_utils
+
+from edif_hpc.domain.deployment import check_device
+from edif_hpc.errors import EngineError, SettingsError
+from edif_hpc.worker.engine import environment, jail, room
+
+#: How long the memory of executors before may take to come back.
+MEMORY_BACK_S: Final = 30.0
+#: What a driver may keep of it for itself, as far as we care: so much, and this part of all.
+_KEPT_BYTES: Final = 256 << 20
+_KEPT_PART: Final = 0.01
+_LOOK_S: Final = 0.05
+_GB: Final = 1e9
+
+
+class Device(Protocol):
+    """One that executors have copies of the weights on."""
+
+    torch: torch.device
+    #: Whether a driver is needed, and what leads to it.
+    gpu: bool
+
+    def start(self) -> str:
+        """Be able to use it; return its name. Once, in an executor."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Return how many bytes are free, and how many there are."""
+        ...
+
+    def begin(self) -> None:
+        """Count the peak from here."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """Return the most that this process had of its memory since `begin`."""
+        ...
+
+    def lacks(self, error: BaseException) -> bool:
+        """Whether the error says that its memory, not the host's, ran out."""
+        ...
+
+
+class Gpu:
+    """The first of the devices that we were given."""
+
+    gpu = True
+
+    def __init__(self) -> None:
+        self.torch = torch.device("cuda", 0)
+
+    def start(self) -> str:
+        """Start the driver."""
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.set_device(self.torch)
+            return torch.cuda.get_device_name(self.torch)
+        except (RuntimeError, AssertionError) as error:
+            nodes = ", ".join(map(str, jail.driver_nodes())) or "none"
+            raise EngineError(
+                f"the GPU cannot be used: {error}; nodes of a driver here: {nodes}; scripts/check-gpu says more"
+            ) from error
+
+    def memory(self) -> tuple[int, int]:
+        """Ask the driver, which counts all processes."""
+        return torch.cuda.mem_get_info(self.torch)
+
+    def begin(self) -> None:
+        """Count the peak from here."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats(self.torch)
+
+    def peak_bytes(self) -> int:
+        """Return the most that was taken since `begin`; 0 in the zygote, which rehearses without a device."""
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated(self.torch) if initialized else 0
+
+    def lacks(self, error: BaseException) -> bool:
+        """Torch has a class of its own for it; what the driver cannot allocate, it says itself."""
+        said = str(error)
+        return isinstance(error, torch.OutOfMemoryError) or "CUDA" in said or "HIP" in said
+
+
+class StandIn:
+    """The CPU, used as a device is."""
+
+    gpu = False
+
+    def __init__(self) -> None:
+        self.torch = torch.device("cpu")
+
+    def start(self) -> str:
+        """There is nothing to start."""
+        return "stand-in"
+
+    def memory(self) -> tuple[int, int]:
+        """All that is free counts as all."""
+        free = room.free_bytes() or 0
+        return free, free
+
+    def begin(self) -> None:
+        """Nothing counts it."""
+
+    def peak_bytes(self) -> int:
+        """Nothing counts it."""
+        return 0
+
+    def lacks(self, error: BaseException) -> bool:  # noqa: ARG002 - its memory is the host's
+        """Its memory is the host's."""
+        return True
+
+
+def of(name: str) -> Device | None:
+    """Return the device of a name; None for the CPU, where executors share what the zygote holds.
+
+    Raises:
+        InvalidInput: there is no such device.
+        SettingsError: this torch has no support for it.
+    """
+    if check_device(name) == "cpu":
+        return None
+    if name == "cpu:0":
+        return StandIn()
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        raise SettingsError(
+            f"torch {torch.__version__} here is built for neither CUDA nor ROCm; let the worker run in the image for its GPU "
+            "(docs/howto/images.md), or deploy the model on the device cpu"
+        )
+    return Gpu()
+
+
+def show(driver: Mapping[str, str]) -> None:
+    """Let this process see the devices that were hidden from the zygote; `driver` chooses them."""
+    for name in environment.HIDDEN:
+        os.environ.pop(name, None)  # noqa: TID251 - written, for drivers
+    os.environ.update(driver)  # noqa: TID251 - see above
+    # What transformers has asked in the zygote it would answer from memory.
+    for name, asked in vars(import_utils).items():
+        if name.startswith("is_torch_") and hasattr(asked, "cache_clear"):
+            asked.cache_clear()
+
+
+def wait_for_memory(
+    device: Device, needed: int, *, before: int, timeout_s: float = MEMORY_BACK_S
+) -> int:
+    """Wait until `needed` bytes are free, and as much as the first executor found; return how many are.
+
+    `before` is what it found, 0 for itself.
+
+    Raises:
+        EngineError: the weights do not fit, or what was taken does not come back.
+    """
+    free, total = device.memory()
+    kept = _KEPT_BYTES + int(total * _KEPT_PART)
+    wanted, until = max(needed, before - kept), time.monotonic() + timeout_s
+    while free < wanted and needed <= total:
+        if time.monotonic() > until:
+            break
+        time.sleep(_LOOK_S)  # no driver tells when memory is back
+        free, _ = device.memory()
+    room.check_device(needed, free=free, total=total)
+    if free < wanted:
+        raise EngineError(
+            f"{free / _GB:.1f} GB of the GPU's {total / _GB:.1f} GB are free, {before / _GB:.1f} GB were before requests ran, and "
+            f"they are not back after {timeout_s:g} s: another process uses the GPU, or the driver holds what a killed executor had"
+        )
+    return free
+
+
+def scarcity(device: Device) -> str:
+    """Tell a researcher whose request ran out of the device's memory what there is and what to do."""
+    free, total = device.memory()
+    held = max(_held(device), key=lambda each: each.nbytes, default=None)
+    largest = f"; its largest tensor there: {_described(held)}" if held is not None else ""
+    return (
+        f"The memory of the GPU ran out. The request with the model had at most {device.peak_bytes() / _GB:.2f} GB of "
+        f"{total / _GB:.2f} GB, {free / _GB:.2f} GB are free{largest}. Use a smaller batch or fewer tokens, save less (slice "
+        "before .save()), or move what you keep within the block to the CPU (.cpu())."
+    )
+
+
+def _held(device: Device) -> list[torch.Tensor]:
+    """The tensors that came after the zygote's, whose own are frozen out of the collector's sight."""
+    found: list[Any] = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return [each for each in found if each.device == device.torch]
+
+
+def _described(tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {list(tensor.shape)}, {tensor.nbytes / _GB:.2f} GB"
