@@ -76,12 +76,17 @@ def explain(ctx: Context, /, *, request_id: str, as_json: bool) -> None:
     if waits:
         seen |= {
             "place in the queue": found["position"],
-            "ahead": "{requests} requests of {people} people".format_map(found["ahead"]),
+            "ahead": _ahead(**found["ahead"]),
             "expected start": _expected(found["start_in_s"]),
             "given up": moment(found["expires_at"]),
         }
     facts({name: value for name, value in seen.items() if value is not None})
     listing(map(_times, found["attempts"]), ATTEMPTS, none="no attempt has been made")
+
+
+def _ahead(requests: int, people: int) -> str:
+    whose = "1 person" if people == 1 else f"{people} people"
+    return f"{requests} request{'' if requests == 1 else 's'} of {whose}"
 
 
 @request.command()

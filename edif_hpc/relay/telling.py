@@ -193,7 +193,7 @@ def facts_for_meta(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What of a worker's environment belongs into `meta`."""
     return {
         key: facts[key]
-        for key in ("commit", "dtype", "versions", "isolation", "device")
+        for key in ("commit", "dtype", "versions", "isolation", "device", "unverified")
         if key in facts
     }
 

@@ -45,6 +45,7 @@ class Piece:
     blob: bytes
     right: Callable[[bytes], bool]  #: whether bytes are its one right result
     compress: bool
+    runs_s: float = 0.0  #: how long it runs, if that is known
 
 
 class Work(Protocol):

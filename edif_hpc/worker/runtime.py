@@ -62,9 +62,11 @@ class WorkerRuntime:
     nonce: str
     _session: WorkerSession = field(init=False)
     _results: Results = field(init=False)
+    requests: int = 0  #: that an executor has answered
     _wire: Wire | None = None
     _engine: Engine | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
+    _parted: bool = False
     _going_up: dict[tuple[str, int], tuple[Uploading, int]] = field(default_factory=dict)
     _seats: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     _deployment: asyncio.Future[Mapping[str, Any]] = field(init=False)
@@ -112,6 +114,10 @@ class WorkerRuntime:
         """Signals and deadlines end here."""
         self._do(self._session.drain(reason))
 
+    def cut_short(self, reason: str, end: LeaseEnd) -> None:
+        """What runs has had its time: give it back, and leave."""
+        self._do(self._session.cut_short(reason, end))
+
     def received(self, frames: list[bytes]) -> None:
         """Frames of the relay."""
         now = self.clock.monotonic()
@@ -137,9 +143,14 @@ class WorkerRuntime:
             self._end(WorkerExit.REFUSED)
         elif event is LinkEvent.MISMATCH:
             _log.error(
-                "what answers is not our relay (wrong server key, or not ZeroMQ)",
+                "what answers is not our relay: wrong server key, not ZeroMQ, or a proxy between that reaches nobody",
                 extra={"event": "mismatch", "endpoint": endpoint},
             )
+        elif event is LinkEvent.DISCONNECTED:
+            self._parted = True
+        elif self._parted and self._session.link is not Link.LEFT:  # and now connected again
+            self._parted = False
+            self._do(self._session.connected(self.clock.monotonic()))
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -211,6 +222,7 @@ class WorkerRuntime:
             began = self.clock.monotonic()
             outcome = await engine.run(job, lambda text: self._log(grant, text), uploading.grew)
             ran_s = round(self.clock.monotonic() - began, 6)
+            self.requests += 1
             self.failpoints.hit("worker.run.after")
         return replace(outcome, meta={**outcome.meta, "runtime": ran_s})
 

@@ -4,7 +4,7 @@ Locally, `print`, `warnings.warn` and a library's logger all end on the terminal
 instead, they must hold on to one stream object whose other end can change: the zygote puts a `Console`
 in place of `sys.stdout` and `sys.stderr` before it imports anything, and an executor connects it.
 
-A line goes out as soon as it is complete. A loop that prints for ever must not flood the link: after
+A line goes out as soon as it is complete, a very long one in pieces. A loop that prints for ever must not flood the link: after
 the limit one last line says so, and the rest is dropped.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import TextIO
 
-LINE_BYTES = 16 * 1024
+#: A longer line goes out in pieces.
+LINE_CHARACTERS = 16 * 1024
 
 Send = Callable[[str], None]
 
@@ -42,9 +44,10 @@ class Allowance:
 
 
 class Console(io.TextIOBase):
-    """A text stream that hands on whole lines, to nobody until it is connected."""
+    """A text stream that hands on whole lines; what is written before it is connected goes `aside`, if anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aside: TextIO | None = None) -> None:
+        self._aside = aside
         self._line: Callable[[str], None] | None = None
         self._rest = ""
 
@@ -64,17 +67,28 @@ class Console(io.TextIOBase):
     def write(self, text: str) -> int:
         """Take text; hand on the lines that it completes."""
         if self._line is None:
+            if self._aside is not None:
+                self._aside.write(text)
             return len(text)
         # A carriage return redraws a line (progress bars): only its last state is one.
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self._line(line.rsplit("\r", 1)[-1][:LINE_BYTES])
-        if len(self._rest) > LINE_BYTES:
-            self._rest = self._rest[-LINE_BYTES:]
+            self._hand_on(line.rsplit("\r", 1)[-1])
+        if len(self._rest) > LINE_CHARACTERS:
+            rest = self._rest.rsplit("\r", 1)[-1]
+            begun = len(rest) % LINE_CHARACTERS
+            self._rest = rest[len(rest) - begun :]
+            if len(rest) > begun:
+                self._hand_on(rest[: len(rest) - begun])
         return len(text)
 
     def finish(self) -> None:
         """Hand on a last line that no newline ended."""
-        if self._line is not None and self._rest:
-            self._line(self._rest.rsplit("\r", 1)[-1])
+        if self._rest:
+            self._hand_on(self._rest.rsplit("\r", 1)[-1])
         self._rest = ""
+
+    def _hand_on(self, line: str) -> None:
+        if self._line is not None:
+            for start in range(0, max(len(line), 1), LINE_CHARACTERS):
+                self._line(line[start : start + LINE_CHARACTERS])

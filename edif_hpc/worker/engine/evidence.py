@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
+from edif_hpc.worker.engine import cgroup
 from edif_hpc.worker.engine.messages import Exited
 from edif_hpc.worker.engine.values import MIB, FailureKind, Limits
 
 
 def oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed for memory, if it counts."""
-    for line in _lines(Path("/proc/self/cgroup")):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            file = Path(f"/sys/fs/cgroup{path}/memory.events")
-        elif "memory" in controllers.split(","):
-            file = Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control")
-        else:
-            continue
-        for entry in _lines(file):
-            name, _, count = entry.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return 0
+    group = next(cgroup.memory_groups(), None)
+    if group is None:
+        return 0
+    counts = (
+        cgroup.number(group / each, "oom_kill") for each in ("memory.events", "memory.oom_control")
+    )
+    return next((each for each in counts if each is not None), 0)
 
 
 def judge(exited: Exited, limits: Limits, *, out_of_memory: bool) -> tuple[FailureKind, str]:
@@ -41,10 +35,3 @@ def judge(exited: Exited, limits: Limits, *, out_of_memory: bool) -> tuple[Failu
             f"{limits.memory_bytes // MIB} MiB: use a smaller batch, fewer tokens, or save less"
         )
     return FailureKind.CRASH, f"the process died of {name} while it ran the code; {used}"
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []

@@ -19,6 +19,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,15 @@ def _fetched(repository: str, revision: str | None, wanted: Sequence[str], repor
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy, and not needed for a folder
 
-    folder = snapshot_download(
-        repository, revision=revision, allow_patterns=list(wanted), tqdm_class=_counting(report)
-    )
-    return Path(folder)
+    have = partial(snapshot_download, repository, revision=revision, allow_patterns=list(wanted))
+    try:
+        return Path(have(tqdm_class=_counting(report)))
+    except Exception as error:
+        # Of whichever client of HTTP the hub's library has. It takes this for a mistake in the proxy's settings; here
+        # it means that the way to the hub is closed.
+        if type(error).__name__ != "ProxyError":
+            raise
+        return Path(have(local_files_only=True))
 
 
 def _names(repository: str, commit: str) -> Sequence[str]:

@@ -11,7 +11,8 @@ Bits are equal for equal numbers of compute threads, which `meta` therefore tell
 * **Adapters** are attached by nnsight itself, from the folder that was fetched; only listed ones are.
 * **Gradients** are tracked, as they are locally, when anything in the request speaks of them; otherwise
   `no_grad` saves the memory of a graph that nobody walks. A request that fails for want of them is told
-  apart, so that it can run again with them (`rerun`). Never `inference_mode`, which forbids more, and
+  apart, so that it can run again with them (`rerun`); so is one that wrote into a weight, which torch
+  may refuse where they are tracked. Never `inference_mode`, which forbids more, and
   never autocast, which changes numbers.
 * **Operations** inside a forward (`.source`) can be read once the forward is instrumented. Locally a
   researcher does that by touching `.source` before the trace, which the request does not tell: so when
@@ -22,9 +23,10 @@ Bits are equal for equal numbers of compute threads, which `meta` therefore tell
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +42,7 @@ from nnsight.tracing.util import filter_traceback
 
 from edif_hpc.domain.deployment import ALLOWED_ATTENTION
 from edif_hpc.errors import InvalidInput, NotPermitted
-from edif_hpc.worker.engine import saves
+from edif_hpc.worker.engine import captured, classes
 from edif_hpc.worker.engine.values import FailureKind, Plain
 
 MESSAGE_CHARACTERS = 16 * 1024
@@ -50,7 +52,19 @@ _GRADIENTS = re.compile(rb"grad|(?<!_is_full_)backward(?!_hooks|_pre_hooks)")
 #: What torch and nnsight say when asked to go back through a graph that was not kept.
 _LACKED = re.compile(r"(?:not|n't) require grad|can't retain_grad")
 _OURS = (str(Path(nnsight.__file__).parent), str(Path(__file__).parent), "<frozen runpy>")
+_STAYS = (
+    "[edif] {place}: what was saved there is not sent home, since nnsight's client takes only names of the function "
+    "or script that its `with` stands in; save it under such a name, and put it there after the block\n"
+)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+class WroteWeights(Exception):
+    """A request wrote into a weight in place, and no gradients were tracked.
+
+    Where they are, torch refuses some of these writes and allows others (within `torch.no_grad()`, say); where they are
+    not, it allows all. So the request runs again with them, and torch says what it says locally.
+    """
 
 
 def apply_env(model: Any, env: Mapping[str, Any], adapters: Mapping[str, str]) -> dict[str, Plain]:
@@ -110,7 +124,9 @@ def restore(model: Any, payload: bytes) -> Any:
         _instrument(model)
     persistent = model._remoteable_persistent_objects()  # noqa: SLF001 - nnsight's server API
     try:
-        return RequestModel.deserialize(payload, persistent, compress=False)
+        return RequestModel.deserialize(
+            payload, persistent, compress=False, unpickler=classes.Unpickler
+        )
     except UnknownPersistentIdError as error:
         raise InvalidInput(
             f"the request refers to {error}, which the model served here does not have. nnsight sends a "
@@ -143,20 +159,46 @@ def wants_gradients(payload: bytes, tracer: Any) -> bool:
 def lacked_gradients(error: BaseException) -> bool:
     """Whether an exception in the request, or one that led to it, is for want of gradients."""
     return any(
-        isinstance(one, RuntimeError) and _LACKED.search(str(one)) is not None
+        isinstance(one, WroteWeights)
+        or (isinstance(one, RuntimeError) and _LACKED.search(str(one)) is not None)
         for one in _chain(error)
     )
 
 
-def execute(tracer: Any, *, gradients: bool) -> dict[str, Any]:
-    """Run the request; return what the client is to get, by name."""
+def execute(model: Any, tracer: Any, *, gradients: bool) -> dict[str, Any]:
+    """Run the request; return what the client is to get, by name.
+
+    Raises:
+        WroteWeights: it did, and no gradients were tracked.
+    """
+    frame = tracer.info.frame
+    before = captured.before(frame.f_locals)
     scopes.inc()
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), _weights_watched(model, gradients=gradients):
             tracer.execute(tracer.info.code)
-        return saves.collect(tracer.info.frame.f_locals, scopes._saves())  # noqa: SLF001
+        saved = scopes._saves()  # noqa: SLF001
+        for place in captured.stranded(frame.f_locals, frame.f_globals, saved):
+            sys.stderr.write(_STAYS.format(place=place))
+        return captured.collect(frame.f_locals, saved, before)
     finally:
         scopes.dec()
+
+
+@contextmanager
+def _weights_watched(model: Any, *, gradients: bool) -> Iterator[None]:
+    """End a run that wrote into weights in place, as torch counts it, if gradients are not tracked."""
+
+    def versions() -> list[int]:
+        parameters = model._module.parameters()  # noqa: SLF001 - as nnsight's own helpers do
+        return [each._version for each in parameters if each.requires_grad]  # noqa: SLF001 - torch's name
+
+    before = [] if gradients else versions()
+    try:
+        yield
+    finally:
+        if not gradients and versions() != before:
+            raise WroteWeights("the request wrote into weights while no gradients were tracked")
 
 
 def judge(error: BaseException) -> FailureKind:

@@ -68,6 +68,9 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "float": lambda v: type(v) is float and v >= 0,
     "list[str]": _is_strings,
     "dict[str, str]": lambda v: type(v) is dict and _is_strings([*v, *v.values()]),
+    "dict[str, bytes]": lambda v: (
+        type(v) is dict and _is_strings([*v]) and all(type(each) is bytes for each in v.values())
+    ),
     "dict[str, Plain]": lambda v: type(v) is dict and _is_plain(v),
 }
 
@@ -248,6 +251,7 @@ class AsyncChannel:
         """
         frame = memoryview(encode(message, FROM_WORKER_BYTES))
         async with self._sending:
+            self._check_open()
             try:
                 if fds:
                     frame = frame[await self._send_fds(frame, fds) :]
@@ -263,6 +267,7 @@ class AsyncChannel:
             RemoteProtocolError: the peer broke the protocol; kill it.
         """
         while (message := self._decoder.next()) is None:
+            self._check_open()
             try:
                 data, fds = _receive(self._sock, self._max_fds)
             except BlockingIOError:
@@ -280,6 +285,10 @@ class AsyncChannel:
             os.close(fd)
         self._fds = []
         self._sock.close()
+
+    def _check_open(self) -> None:
+        if self._sock.fileno() < 0:
+            raise PeerClosed("this end closed the socket: the other is gone")
 
     async def _send_fds(self, frame: memoryview, fds: Sequence[int]) -> int:
         """Send the descriptors and as much of the frame as goes with them."""

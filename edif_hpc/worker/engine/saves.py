@@ -1,12 +1,9 @@
 """From what a request saved to the bytes that its client loads.
 
-*Which values.* The client gets the names whose values were saved. Besides, a list, tuple, set or dict
-that the block captured and filled with saved values comes back too, since `acts.append(x.save())` works
-locally and the client knows no other way to see it.
-
 *How much.* A tensor drags its whole storage along when it is written, so one saved row would carry a
 whole activation. Views are therefore copied down to what was saved. Tensors that share a storage keep
-sharing it, unless that would carry more bytes than they have.
+sharing it, unless that would carry more bytes than they have. What lies on a device is copied to the CPU first,
+storage by storage, since the client may have no such device.
 
 *Two passes.* The client reads one zstd frame and needs the size in its header, so the result is written
 twice: counted into nothing, then streamed through the compressor. Neither holds it in memory.
@@ -17,37 +14,21 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 import zstandard
 
-from edif_hpc.errors import TooLarge
+from edif_hpc.errors import InvalidInput, TooLarge
+from edif_hpc.worker.engine import classes
 
-CONTAINER_DEPTH = 4
 COMPRESSION_LEVEL = 1
+NO_CLASSES: Mapping[type, str] = MappingProxyType({})
 PIECE_BYTES = 1024 * 1024
 REPORT_BYTES = 4 * 1024 * 1024
-
-
-def collect(scope: Mapping[str, Any], saved: set[int]) -> dict[str, Any]:
-    """Return the entries of `scope` that are saved, or that are containers holding something saved."""
-    return {name: value for name, value in scope.items() if _holds(value, saved, CONTAINER_DEPTH)}
-
-
-def _holds(value: Any, saved: set[int], depth: int) -> bool:
-    if id(value) in saved:
-        return True
-    if depth == 0:
-        return False
-    if isinstance(value, dict):
-        return any(_holds(item, saved, depth - 1) for item in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(_holds(item, saved, depth - 1) for item in value)
-    return False
 
 
 class Sink(Protocol):
@@ -167,20 +148,24 @@ class Compressed:
         self._store.write(self._frame.flush())
 
 
-def write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
-    """Write the result into `store` as the client expects it.
+def write(
+    saves: dict[str, Any], store: Store, *, compress: bool, sent: Mapping[type, str] = NO_CLASSES
+) -> None:
+    """Write the result into `store` as the client expects it; classes that it `sent` it has.
 
     Raises:
         TooLarge: it does not fit.
     """
     try:
-        _write(saves, store, compress=compress)
+        _write(saves, store, sent, compress=compress)
     except RuntimeError as error:
         raise store.failure or error from None
 
 
-def _write(saves: dict[str, Any], store: Store, *, compress: bool) -> None:
-    module = _pickling(_compact(saves))
+def _write(
+    saves: dict[str, Any], store: Store, sent: Mapping[type, str], *, compress: bool
+) -> None:
+    module = _pickling(_compact(_tensors(saves, sent)), sent)
     if not compress:
         _save(saves, store, module)
         return
@@ -207,29 +192,57 @@ def _save(saves: dict[str, Any], sink: Sink, module: Any) -> None:
     torch.save(saves, sink, pickle_module=module, pickle_protocol=4)  # type: ignore[arg-type]
 
 
-def _pickling(replaced: Mapping[int, torch.Tensor]) -> Any:
+def _pickling(replaced: Mapping[int, torch.Tensor], own: Mapping[type, str]) -> Any:
     """Return what `torch.save` wants for a pickle module: one that writes replacements."""
 
-    class Pickler(pickle.Pickler):
+    class Pickler(classes.Pickler):
+        sent = own
+
         def reducer_override(self, obj: Any) -> Any:
-            other = replaced.get(id(obj)) if isinstance(obj, torch.Tensor) else None
+            if not isinstance(obj, torch.Tensor):
+                return super().reducer_override(obj)
+            other = replaced.get(id(obj))
             return NotImplemented if other is None else other.__reduce_ex__(4)  # type: ignore[no-untyped-call]
 
     return SimpleNamespace(Pickler=Pickler, __name__="pickle")
 
 
-def _compact(saves: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """Return, by id of the tensor, a smaller stand-in for each that drags more than it shows."""
+def _compact(tensors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return, by id of the tensor, a stand-in for each that drags more than it shows, or lies on a device."""
     by_storage: dict[int, list[torch.Tensor]] = {}
-    for tensor in _tensors(saves):
+    replaced: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
         if _copyable(tensor):
             by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)  # noqa: SLF001
-    replaced: dict[int, torch.Tensor] = {}
+        elif _on_device(tensor):
+            replaced[id(tensor)] = tensor.detach().cpu().requires_grad_(tensor.requires_grad)
     for group in by_storage.values():
         kept = group[0].untyped_storage().nbytes()
         if sum(t.numel() * t.element_size() for t in group) < kept:
             replaced |= {id(t): _copy(t) for t in group}
+        elif _on_device(group[0]):
+            replaced |= zip(map(id, group), on_the_cpu(group), strict=True)
     return replaced
+
+
+def on_the_cpu(group: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy the storage that these tensors share, once; return the same views of the copy."""
+    storage = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+    storage.set_(group[0].untyped_storage())
+    copied = storage.to("cpu", copy=True).untyped_storage()
+    views = []
+    for tensor in group:
+        if tensor.is_conj() or tensor.is_neg():  # a view that is computed when it is read
+            views.append(_copy(tensor.resolve_conj().resolve_neg()))
+            continue
+        view = torch.empty(0, dtype=tensor.dtype)
+        view.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
+        views.append(_alike(view, tensor))
+    return views
+
+
+def _on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type not in {"cpu", "meta"}
 
 
 def _copyable(tensor: torch.Tensor) -> bool:
@@ -238,27 +251,46 @@ def _copyable(tensor: torch.Tensor) -> bool:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     copied = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return _alike(copied, tensor)
+
+
+def _alike(copied: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
     return copied.requires_grad_(tensor.requires_grad)
 
 
-def _tensors(saves: dict[str, Any]) -> list[torch.Tensor]:
-    """Return every tensor that writing `saves` would come across, however deep, each once."""
+def _tensors(saves: dict[str, Any], own: Mapping[type, str]) -> list[torch.Tensor]:
+    """Return every tensor that writing `saves` would come across, however deep, each once.
+
+    Raises:
+        InvalidInput: something among them cannot be written.
+    """
     found: dict[int, torch.Tensor] = {}
 
-    class Finder(pickle.Pickler):
+    class Finder(classes.Pickler):
+        sent = own
+
         def persistent_id(self, obj: Any) -> str | None:
             return (
                 "storage" if isinstance(obj, torch.UntypedStorage | torch.TypedStorage) else None
             )
 
         def reducer_override(self, obj: Any) -> Any:
-            if isinstance(obj, torch.Tensor):
-                found[id(obj)] = obj
+            if not isinstance(obj, torch.Tensor):
+                return super().reducer_override(obj)
+            found[id(obj)] = obj
             return NotImplemented
 
-    Finder(_Nowhere(), protocol=4).dump(saves)
+    finder = Finder(_Nowhere(), protocol=4)
+    for name, value in saves.items():
+        try:
+            finder.dump(value)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise InvalidInput(
+                f"what was saved as {name!r} cannot be sent to you: {error}. Save what you want to know of it: "
+                "tensors, numbers, text, and containers and classes of these"
+            ) from error
     return list(found.values())
 
 

@@ -29,8 +29,8 @@ class Capture(Backend):  # type: ignore[misc]
 def capture(model: Any) -> bytes:
     """Return the blob of the self-test for `model`: one forward, where we know how to ask for one."""
     backend = Capture()
-    if _takes_text(model):
-        with model.trace("Hello", backend=backend):
+    if takes_text(model):
+        with model.trace(_input(model), backend=backend):
             nnsight.save(model.output)
             _passed = nnsight.save([1])
     else:
@@ -39,11 +39,24 @@ def capture(model: Any) -> bytes:
     return backend.blob
 
 
-def _takes_text(model: Any) -> bool:
-    """Whether one forward needs no more than a text: not a picture, not a decoder's input."""
-    config = getattr(model._module, "config", None)  # noqa: SLF001 - as nnsight's own helpers do
-    return (
-        model.tokenizer is not None
-        and model.processor is None
-        and not getattr(config, "is_encoder_decoder", False)
-    )
+def takes_text(model: Any) -> bool:
+    """Whether one forward needs no more than a text: not a picture, not a sound."""
+    module = model._module  # noqa: SLF001 - as nnsight's own helpers do
+    takes_tokens = getattr(module, "main_input_name", "input_ids") == "input_ids"
+    return takes_tokens and model.tokenizer is not None and model.processor is None
+
+
+def tokens(model: Any, text: str) -> dict[str, Any]:
+    """Return a text as the model's own forward takes it; what an encoder-decoder reads, it also writes."""
+    encoded = dict(model.tokenizer(text, return_tensors="pt"))
+    return encoded | ({"decoder_input_ids": encoded["input_ids"]} if _decodes(model) else {})
+
+
+def _input(model: Any) -> Any:
+    """A text as it is for a model that writes on; tokens for others, whose pipelines want more than a text."""
+    writes_on = model._module.can_generate() and not _decodes(model)  # noqa: SLF001 - see above
+    return "Hello" if writes_on else tokens(model, "Hello")
+
+
+def _decodes(model: Any) -> bool:
+    return bool(getattr(model._module.config, "is_encoder_decoder", False))  # noqa: SLF001 - see above

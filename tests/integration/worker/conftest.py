@@ -95,10 +95,11 @@ class Service:
     engine: Engine
     info: EngineInfo
     model: Any
+    key: str = KEY
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
 
     def job(self, block: Block, *, compress: bool = True, limits: Limits | None = None) -> Job:
-        backend = Catching(KEY, env=self.model._remoteable_get_env())
+        backend = Catching(self.key, env=self.model._remoteable_get_env())
         backend.compress = compress
         with pytest.raises(Caught) as caught:
             block(self.model, backend=backend)
@@ -108,7 +109,7 @@ class Service:
             blob=caught.value.blob,
             compress=compress,
             env=caught.value.env,
-            model_key=KEY,
+            model_key=self.key,
             limits=limits or Limits(wall_s=60),
         )
 

@@ -211,7 +211,7 @@ async def test_an_adapter_for_another_model_ends_the_start(
 def test_without_peft_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft.functional", None)
     load = Load(
-        model_key="", folder="/", commit=None, adapters={NAME: "/a"}, dtype="auto", device="cpu", threads=1,
+        model_key="", more_tasks=[], folder="/", commit=None, adapters={NAME: "/a"}, dtype="auto", device="cpu", threads=1,
         scratch="/", ceiling="full", floor="full",
     )  # fmt: skip
     with pytest.raises(SettingsError, match=rf"{NAME}.*pip install peft"):

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +19,11 @@ import pytest
 import torch
 
 from edif_hpc.errors import EngineError, IsolationTooWeak
+from edif_hpc.testing.processes import is_alive
 from edif_hpc.testing.wait import wait_until, wait_until_async
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import MIB, FailureKind, Level, Limits
+from edif_hpc.worker.engine.zygote import WARNINGS
 from tests.integration.worker.conftest import Block, Reply, Service, serving, spec
 from tests.integration.worker.test_fidelity import trace
 
@@ -312,12 +316,17 @@ def executors(service: Service) -> set[int]:
     return descendants(service.engine._zygote.process.pid)
 
 
-def alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rsplit(")", 1)[1].split()[0] not in {"Z", "X"}
+async def test_a_schedulers_warnings_end_nothing(service: Service) -> None:
+    """They may reach every process of a job, and what they mean is the worker's to decide."""
+    zygote = service.engine._zygote.process.pid
+    before = executors(service)
+    assert before
+    for pid in {zygote} | before:
+        for number in WARNINGS:
+            os.kill(pid, number)
+    assert (await service.send(trace)).values, "an executor that was warned runs it"
+    assert is_alive(zygote)
+    assert before & executors(service)
 
 
 async def test_the_death_of_the_zygote_is_told(gpt2: Any, tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ async def test_the_death_of_the_zygote_is_told(gpt2: Any, tiny_gpt2: Path, tmp_p
         assert failed.kind is FailureKind.ENGINE
         assert "SIGKILL" in await asyncio.wait_for(service.engine.died, 5)
         assert (await service.send(trace)).failed.kind is FailureKind.ENGINE
-        await wait_until_async(lambda: not any(map(alive, processes)), 5, "no process is left")
+        await wait_until_async(lambda: not any(map(is_alive, processes)), 5, "no process is left")
 
 
 OWNER = """
@@ -370,7 +379,7 @@ async def test_no_process_outlives_a_killed_worker(
         processes = descendants(owner.pid)
         assert len(processes) >= 2
         owner.kill()
-    wait_until(lambda: not any(map(alive, processes)), 5, "no process is left")
+    wait_until(lambda: not any(map(is_alive, processes)), 5, "no process is left")
 
 
 async def test_below_the_floor_the_engine_does_not_start(tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -383,6 +392,22 @@ async def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     engine = Engine(spec(tmp_path / "empty", tmp_path / "engine"))
     with pytest.raises(EngineError, match="empty"):
+        await engine.start()
+
+
+async def test_a_model_that_is_too_large_is_refused_before_it_is_loaded(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(tiny_gpt2, large)
+    size = 4 * 10**12
+    tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"transformer.wte.weight": tensor}).encode()
+    with (large / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # a hole, which takes no disk
+    engine = Engine(spec(large, tmp_path / "engine"))
+    with pytest.raises(EngineError, match=r"too large for this allocation.* 4000\.0 GB"):
         await engine.start()
 
 

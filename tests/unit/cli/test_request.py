@@ -174,6 +174,7 @@ def test_explain(relay: Any, run: Callable[..., Any]) -> None:
     told = dict(line.split("  ", 1) for line in out.splitlines()[:7])
     assert told["why"].strip() == EXPLAINED["why"]
     assert told["expected start"].strip() == "in about 12 s"
+    assert told["ahead"].strip() == "1 request of 1 person"
     assert told["accepted"].endswith(" ago)")
     assert "ended" not in told
     assert out.splitlines()[-1].endswith("the worker on n1 was lost")
