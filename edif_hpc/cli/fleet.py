@@ -45,6 +45,11 @@ timeout_option = click.option(
 )
 @click.option("--gpu", metavar="KIND", help="A kind of GPU of the site.")
 @click.option("--gpus", type=click.IntRange(0, 256), help="How many of them for each worker.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Of a MODEL that is added: what it is computed on; cuda is a GPU, of NVIDIA or AMD.  [default: cuda where a GPU is asked for]",
+)
 @click.option("--replicas", type=click.IntRange(1, 1000), help="How many workers are wanted.")
 @click.option(
     "--walltime",

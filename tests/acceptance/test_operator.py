@@ -119,7 +119,17 @@ def test_a_probe_tells_what_a_node_can_do(login: Login, site: Path) -> None:
 
 
 def test_from_up_to_down(login: Login, site: Path) -> None:
-    arguments = ("--site", "hpc", "--gpu", "a6000", "--wait", "--timeout", "80s")
+    arguments = (
+        "--site",
+        "hpc",
+        "--gpu",
+        "a6000",
+        "--device",
+        "cpu",
+        "--wait",
+        "--timeout",
+        "80s",
+    )
     up = login.edif("up", MODEL, *arguments)
     assert "no launcher of hpc was heard of" in up.stdout
     assert "as job " in up.stdout

@@ -121,7 +121,8 @@ def _here(
         facts["slots"] = options["replicas"]
     if options.get("walltime_s") is not None:
         facts["walltime_min"] = max(1, int(options["walltime_s"] // 60))
-    return bring_up(ctx, target, site, facts, wait=wait, timeout_s=timeout_s)
+    device = options.get("device")
+    return bring_up(ctx, target, site, facts, device=device, wait=wait, timeout_s=timeout_s)
 
 
 def _meant(line: Line, target: str | None, node: str | None) -> bool:

@@ -48,16 +48,27 @@ def must_be_deployed(api: Api, target: str) -> Line:
     return found
 
 
-def add_if_new(api: Api, target: str) -> str:
-    """The name of the deployment that is meant; a model that is not deployed is added."""
-    if not looks_like_a_model(target):
+def add_if_new(api: Api, target: str, *, device: str | None, usual: str) -> str:
+    """The name of the deployment that is meant; a model that is not deployed is added, on the `usual` device if none is given.
+
+    Raises:
+        click.UsageError: it is deployed on another device than the one that is given.
+    """
+    if device is None and not looks_like_a_model(target):
         return target
     found = deployed(api, target)
-    if found is not None:
-        return str(found["name"])
-    wanted = deployment_of(target, {})
+    if found is not None and device is not None and device != found["device"]:
+        raise click.UsageError(
+            f"{found['name']} is computed on {found['device']}, and stays there; to change it, remove it and add it again: "
+            f"edif-hpc deployment rm {found['name']}"
+        )
+    if found is not None or not looks_like_a_model(target):
+        return target if found is None else str(found["name"])
+    wanted = deployment_of(target, {"device": device or usual})
     name = str(api.post("/api/deployments", wanted)["name"])
-    click.echo(f"added the deployment {name} of {wanted['repo_id']}")
+    click.echo(
+        f"added the deployment {name} of {wanted['repo_id']}, computed on {wanted['device']}"
+    )
     if looks_like_a_path(target):
         click.echo(
             "  (to serve it under a Hub name: edif-hpc deployment add ORG/NAME --source PATH)"

@@ -49,7 +49,9 @@ def raise_at(
     if here:
         gpus = body.get("gpus") or (known or {}).get("gpus") or 1
         must_be_taken(site, body["gpu"], gpus=gpus, walltime_min=body["walltime_min"])
-    name = _ask(api, target, site.name, body)
+    on_gpu = site.gpus[body["gpu"]].vendor != "none"
+    usual = "cuda" if on_gpu else "cpu"
+    name = _ask(api, target, site.name, body, device=asked.get("device"), usual=usual)
     click.echo(
         f"{name} is wanted at {site.name}: {body['gpu']}, {duration(60 * body['walltime_min'])} at a time"
     )
@@ -74,7 +76,8 @@ def raise_from_afar(
         body["slots"] = asked["replicas"]
     if asked.get("walltime_s") is not None:
         body["walltime_min"] = max(1, math.floor(asked["walltime_s"] / 60))
-    name = _ask(api, target, place, body)
+    usual = "cuda" if body.get("gpu") else "cpu"
+    name = _ask(api, target, place, body, device=asked.get("device"), usual=usual)
     click.echo(
         f"{name} is wanted at {place}, whose file is not here: its launcher will see whether it can be"
     )
@@ -121,13 +124,21 @@ def _walltime_min(site: Site, gpu: str, known: Line, asked: Mapping[str, Any]) -
     return math.floor(given_s / 60)
 
 
-def _ask(api: Api, target: str, place: str, body: Mapping[str, Any]) -> str:
+def _ask(
+    api: Api,
+    target: str,
+    place: str,
+    body: Mapping[str, Any],
+    *,
+    device: str | None,
+    usual: str,
+) -> str:
     """Tell the relay; returns the deployment's name.
 
     Raises:
         Conflict: it runs elsewhere, and its slots are full.
     """
-    name = add_if_new(api, target)
+    name = add_if_new(api, target, device=device, usual=usual)
     elsewhere = {e["site"] for e in processes(api, name) if e["state"] != "draining"} - {place}
     if elsewhere:
         raise Conflict(

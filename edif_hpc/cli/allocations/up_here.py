@@ -26,12 +26,13 @@ def bring_up(
     site: LocalSite,
     facts: Mapping[str, Any],
     *,
+    device: str | None = None,
     wait: bool,
     timeout_s: float | None,
 ) -> str:
     """Fill the free slots of a deployment on this machine; a model that is not deployed is added. Returns its name."""
     api = ctx.api()
-    name = add_if_new(api, target)
+    name = add_if_new(api, target, device=device, usual="cpu")
     mine = processes(api, name)
     for line in filter(_died_unheard, mine):
         _bury(api, site, line)

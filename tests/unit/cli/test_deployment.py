@@ -14,7 +14,7 @@ from edif_hpc.cli.exits import Exit
 PATH = "/api/deployments"
 ADDED = {
     "name": "tiny", "repo_id": "edif/tiny-gpt2", "revision": None, "task": "text-generation", "dtype": "float32",
-    "replicas": 1, "executors": 1, "isolation_floor": "process",
+    "device": "cpu", "replicas": 1, "executors": 1, "isolation_floor": "process",
     "more_tasks": [], "adapters": [],
 }  # fmt: skip
 
@@ -101,6 +101,7 @@ def test_ls(relay: Any, run: Callable[..., Any]) -> None:
         "-",
         "text-generation",
         "float32",
+        "cpu",
         "1",
         "1",
         "process",

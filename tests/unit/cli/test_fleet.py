@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from edif_hpc.cli.allocations.local import LocalSite
+from edif_hpc.cli.allocations.words import rows
 from edif_hpc.cli.api import Api
 from edif_hpc.cli.exits import Exit
 from edif_hpc.errors import LaunchError
@@ -352,3 +353,11 @@ def test_ps_json_has_the_path_of_the_log(
     log.touch()
     changing(relay, [line(), line(name="elsewhere")])
     assert [each["log"] for each in json.loads(run("ps", "--json").stdout)] == [str(log), None]
+
+
+@pytest.mark.parametrize(("unverified", "shown"), [(True, "full, unverified"), (False, "full")])
+def test_isolation_on_a_device_where_it_was_not_tried_is_shown_as_such(
+    unverified: bool, shown: str
+) -> None:
+    [row] = rows([line(state="running", worker=WARM | {"unverified": unverified})])
+    assert row["isolation"] == shown

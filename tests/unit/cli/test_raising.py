@@ -139,6 +139,32 @@ def test_what_is_asked_for(
     assert relay.bodies("POST", "/api/allocations") == [expected]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device"), [([], "cuda"), (["--device", "cpu"], "cpu")], ids=["usual", "given"]
+)
+def test_a_new_model_is_computed_on_the_gpu_that_is_asked_for(
+    slurm: FakeSlurm, states: Callable[..., None], relay: Any, run: Callable[..., Any],
+    arguments: list[str], device: str,
+) -> None:  # fmt: skip
+    states([])
+    relay.on("POST", "/api/deployments", {"name": "new"})
+    result = run("up", "org/new", "--site", "hpc", "--gpu", "a6000", "--no-wait", *arguments)
+    assert f"added the deployment new of org/new, computed on {device}" in result.stdout
+    assert relay.bodies("POST", "/api/deployments") == [{"repo_id": "org/new", "device": device}]
+
+
+def test_the_device_of_a_deployment_stays(
+    slurm: FakeSlurm, states: Callable[..., None], relay: Any, complain: Callable[..., str]
+) -> None:
+    states([])
+    relay.on("GET", "/api/deployments", {"deployments": [TINY | {"device": "cpu"}]})
+    said = complain(
+        Exit.USAGE, "up", "tiny", "--site", "hpc", "--gpu", "a6000", "--device", "cuda"
+    )
+    assert "tiny is computed on cpu" in said
+    assert relay.bodies("POST", "/api/allocations") == []
+
+
 def test_it_only_watches_while_a_launcher_is_at_work(
     slurm: FakeSlurm, states: Callable[..., None], relay: Any, run: Callable[..., Any]
 ) -> None:
