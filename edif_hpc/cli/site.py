@@ -124,6 +124,8 @@ def show(ctx: Context, /, *, which: str, as_json: bool) -> None:
 
     path = site_file(ctx, which)
     found = msgspec.to_builtins(load_site(path), enc_hook=str) | {"file": str(path)}
+    if found["engine"]["hub_token"] is not None:
+        found["engine"]["hub_token"] = "(set)"  # noqa: S105 - instead of it
     if as_json:
         print_json(found)
         return

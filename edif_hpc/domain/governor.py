@@ -8,14 +8,16 @@ Three brakes, each pure: past facts in, permission out.
   60 minutes. The third in a row pauses the deployment until an operator says `up` again; so does a submission that the
   scheduler will never take. One allocation that gets warm clears the count.
 - `bad_nodes`: a node where two died within a day is left out, unless their deployments got warm nowhere: then it is not the node,
-  and leaving it out would in the end leave out the whole cluster.
+  and leaving it out would in the end leave out the whole cluster. It is taken in again when one gets warm there, and when an
+  operator says `up` of what died there: he has mended something.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from edif_hpc.domain.allocation import Allocation
 
@@ -27,9 +29,10 @@ BAD_NODE_DEATHS = 2
 BAD_NODE_S = 24 * 3600.0
 
 CANCELLED = "cancelled"
+AWAY = "the relay was away when its pilot wanted to join"
 REFUSED = "refused by the scheduler"
-#: Ends that say nothing against a deployment or a node: we wanted them.
-_WANTED_ENDS = frozenset({"drained", CANCELLED, "refused by the relay"})
+#: Ends that say nothing against a deployment or a node: we wanted them, or caused them.
+_WANTED_ENDS = frozenset({"drained", CANCELLED, AWAY, "refused by the relay"})
 _WORDS = 300
 
 
@@ -140,13 +143,23 @@ def permit(trials: Iterable[Trial], *, now: float, since: float) -> Permit:
     return Permit(wait_s=wait_s, reason=f"the last one died before it was warm: {last.cause}")
 
 
-def bad_nodes(trials: Iterable[Trial], *, now: float) -> tuple[str, ...]:
-    """Nodes to leave out: where several allocations died lately, of deployments that got warm elsewhere."""
-    lately = [each for each in trials if now - each.at < BAD_NODE_S]
-    sound = {each.deployment for each in lately if each.warm}
-    deaths = Counter(
-        each.node
-        for each in lately
-        if each.node is not None and not each.warm and each.deployment in sound
+def bad_nodes(
+    trials: Iterable[Trial], *, now: float, since: Mapping[str, float] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """Nodes to leave out: where several allocations died lately, of deployments that got warm elsewhere.
+
+    `since` is the operator's last `up` of each deployment.
+    """
+    lately = sorted(
+        (each for each in trials if now - each.at < BAD_NODE_S), key=lambda each: each.at
     )
+    sound = {each.deployment for each in lately if each.warm}
+    deaths: Counter[str] = Counter()
+    for each in lately:
+        if each.node is None:
+            continue
+        if each.warm:
+            deaths[each.node] = 0
+        elif each.deployment in sound and each.at >= since.get(each.deployment, 0.0):
+            deaths[each.node] += 1
     return tuple(sorted(node for node, count in deaths.items() if count >= BAD_NODE_DEATHS))

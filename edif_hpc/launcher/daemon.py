@@ -1,4 +1,9 @@
-"""The launcher as a daemon: rounds at an interval, and a longer pause while the relay is away."""
+"""The launcher as a daemon: rounds at an interval, and a longer pause while a round cannot be done.
+
+A round that fails leaves nothing behind that the next one does not mend, whatever was wrong: a relay that is away or that refuses
+what it was told, a shared folder that cannot be written. So the daemon says what it saw and goes on. Only a token that is not
+good any more ends it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from edif_hpc.errors import NotAuthenticated, NotPermitted, Unavailable
+from edif_hpc.errors import EdifError, NotAuthenticated, NotPermitted, SettingsError
 from edif_hpc.launcher.runtime import Launcher
 
 MAX_PAUSE_S = 120.0
@@ -23,16 +28,16 @@ def serve(
     """Go on until SIGTERM or SIGINT, or until `stop` is set.
 
     Raises:
-        NotAuthenticated: the relay does not know this token; going on would not help.
+        NotAuthenticated: the relay does not know this token; going on would not help. `NotPermitted` and `SettingsError` likewise.
     """
     stop = stop or _stopped_by_signals()
     pause_s, told = 0.0, ""
     while not stop.wait(pause_s):
         try:
             lines = launcher.round().lines()
-        except (NotAuthenticated, NotPermitted):
+        except (NotAuthenticated, NotPermitted, SettingsError):
             raise
-        except Unavailable as error:
+        except (EdifError, OSError) as error:
             lines, pause_s = [str(error)], min(MAX_PAUSE_S, max(interval_s, 2 * pause_s))
         else:
             pause_s = interval_s

@@ -11,6 +11,7 @@ killed at any point, run from cron, or run twice. What an interrupted round leav
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,9 @@ from edif_hpc.slurm.unheard import find_words, forget_words
 _log = logging.getLogger(__name__)
 
 AT_A_TIME = 4
+#: What a file system says that knows no locks, such as Lustre's without the mount option.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_WORDS = 4000  #: of what a scheduler said, as much as the relay is told
 
 
 class Relay(Protocol):
@@ -143,7 +147,8 @@ class Launcher:
             job_id = self._ordering.submit(msgspec.convert(order, Ticket))
         except SubmitRefused as error:
             done.refused.append((name, str(error)))
-            refused = {"allocation": allocation, "kind": error.kind, "detail": str(error)}
+            detail = str(error)[:_WORDS]
+            refused = {"allocation": allocation, "kind": error.kind, "detail": detail}
             self._report(refused=[refused])
         except SubmitUnknown as error:
             done.doubtful.append(name)
@@ -168,9 +173,12 @@ class Launcher:
         done.cancelled.append(order["name"])
         self._report(cancelled=[order["allocation"]])
 
-    def _report(self, *, jobs: Sequence[JobLine] | None = None, **more: Any) -> None:
+    def _report(
+        self, *, jobs: Sequence[JobLine] | None = None, detail: str = "", **more: Any
+    ) -> None:
         lines = None if jobs is None else [asdict(each) for each in jobs]
-        body = {"site": self.site.name, "launcher": self.name, "jobs": lines} | more
+        who = {"site": self.site.name, "launcher": self.name}
+        body = who | {"jobs": lines, "detail": detail[:_WORDS]} | more
         self.relay.post("/api/launcher/report", body)
 
 
@@ -178,7 +186,8 @@ class Launcher:
 def only_one(site: Site) -> Iterator[None]:
     """Keep a second launcher of this site away while the first one works, as far as the file system's locks reach.
 
-    Where they do not (another login node), nothing breaks: each order is a lease, held by one launcher at a time.
+    Where they do not (another login node, or a file system without locks), nothing breaks: each order is a lease, held by one
+    launcher at a time.
     """
     check_folder(site.state_dir)
     with (site.state_dir / "launcher.lock").open("w") as file:
@@ -188,4 +197,7 @@ def only_one(site: Site) -> Iterator[None]:
             raise LaunchError(
                 f"another launcher of {site.name} is at work ({file.name} is locked)"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield

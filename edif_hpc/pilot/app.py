@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         order = _order(Path(argv[1]))
         set_up_logging(order.engine.log_level, process="pilot")
         asyncio.run(_serve(order, _site(order)))
-    except EdifError as error:
+    except (EdifError, OSError) as error:
         sys.stderr.write(f"pilot: {error}\n")
         return 1
     return 0

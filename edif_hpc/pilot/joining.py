@@ -2,25 +2,21 @@
 
 It names the join token of its order and the public keys that it made on the node; the answer says where the relay's ZeroMQ
 socket is, and by which key to know it. A relay that is away for a minute is waited for. One that refuses is not asked again.
-
-A pilot that cannot join cannot say so to the relay either, and its log lies where few people look. So it leaves its last words
-in the site's shared `state_dir` (`unheard/`), from where the launcher brings them to the relay.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
+from http import HTTPStatus
 from typing import Any, Final
 
 import httpx
 from socksio import SOCKSError
 
-from edif_hpc.errors import LaunchError
+from edif_hpc.errors import LaunchError, NotAuthenticated
 from edif_hpc.pilot.route import Way
 from edif_hpc.slurm.order import PilotOrder
-from edif_hpc.slurm.unheard import LastWords, leave_words
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +32,7 @@ async def join(
 
     Raises:
         LaunchError: it cannot be reached, or refuses.
+        NotAuthenticated: the token is not good any more; it was spent, or another job is to fill this place.
     """
     body = {
         "join_token": order.join_token,
@@ -43,22 +40,8 @@ async def join(
         "pilot_key": pilot_key,
         "node": node,
     }
-    try:
-        joined = await _ask(order, way, body)
-    except LaunchError as error:
-        if order.folder:
-            words = LastWords(name=order.name, node=node, detail=str(error))
-            await asyncio.to_thread(_leave, Path(order.folder).parent, words)
-        raise
+    joined = await _ask(order, way, body)
     return joined | {"endpoint": await way.endpoint(joined["endpoint"])}
-
-
-def _leave(state_dir: Path, words: LastWords) -> None:
-    try:
-        leave_words(state_dir, words)
-    except OSError as error:
-        extra = {"event": "words_lost"}
-        _log.error("no last words in %s: %s", state_dir, error.strerror, extra=extra)
 
 
 async def _ask(order: PilotOrder, way: Way, body: dict[str, str]) -> dict[str, Any]:
@@ -78,6 +61,8 @@ async def _ask(order: PilotOrder, way: Way, body: dict[str, str]) -> dict[str, A
                     f"the relay at {order.relay_url} did not let this allocation join: HTTP {response.status_code} "
                     f"{response.text[:300]}"
                 )
+                if response.status_code == HTTPStatus.UNAUTHORIZED:
+                    raise NotAuthenticated(why)
                 if response.is_client_error:
                     raise LaunchError(why)
             _log.warning("%s", why, extra={"event": "not_joined"})

@@ -15,7 +15,7 @@ from typing import Final
 
 from edif_hpc.clock import Clock
 from edif_hpc.errors import SlurmUnavailable
-from edif_hpc.pilot.ending import DRAIN_S, LEAVE_S, WALLTIME, Ending
+from edif_hpc.pilot.ending import DRAIN_S, LEAVE_S, WALLTIME, WARNING_S, Ending
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ class Lifetime:
             known.append(ends_in_s)
         return min(known, default=None)
 
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether a warning now, so far from the end that we know, may mean that it was moved, and there is somebody to ask."""
+        return self._ask is not None and self._end is not None and (self.left_s or 0.0) > WARNING_S
+
     def warned(self) -> None:
         """The scheduler says that the end is near; perhaps it was moved. Look again how near."""
         self._warned.set()
@@ -57,7 +62,7 @@ class Lifetime:
     async def watch(self) -> None:
         """Begin the end when it is near; returns then."""
         if self._end is None:
-            await self._refresh()
+            await self.refresh()
         # A short walltime is not all drain.
         drain_s = DRAIN_S if self.left_s is None else min(DRAIN_S, self.left_s / 8)
         while (left_s := self.left_s) is None or left_s > drain_s:
@@ -67,13 +72,14 @@ class Lifetime:
             with suppress(TimeoutError):  # then it is time for a look at the clock
                 await asyncio.wait_for(self._warned.wait(), timeout=rest_s)
             self._warned.clear()
-            await self._refresh()
+            await self.refresh()
         self._ending.come(WALLTIME, within_s=left_s - min(LEAVE_S, drain_s / 2))
 
     def _set(self, left_s: float) -> None:
         self._end = self._clock.monotonic() + left_s
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Ask how much is left; nothing changes if there is no answer."""
         if self._ask is None:
             return
         try:

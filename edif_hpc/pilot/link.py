@@ -11,6 +11,8 @@ import logging
 import secrets
 from typing import Protocol
 
+import msgspec
+
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import HEARTBEAT_S
 from edif_hpc.wire import codec
@@ -47,6 +49,7 @@ class PilotLink:
     ) -> None:
         self._clock, self._job = clock, job
         self._orders: asyncio.Queue[m.Order] = asyncio.Queue()
+        self._turn = 0
         self._nonce = secrets.token_hex(8)
         self._refused = asyncio.Event()
         self._parted = False
@@ -76,10 +79,14 @@ class PilotLink:
         self._send(m.Report(event=event, detail=detail[-8000:], nonce=nonce))
 
     async def ask(self, message: m.Revive | m.Ordered, *, within_s: float) -> m.Order | None:
-        """Send what is answered with an `Order`, and wait for it; None if none comes in time."""
+        """Send what is answered with an `Order`, and wait for it; None if none comes in time.
+
+        An answer to an earlier asking, which comes late, is dropped: its ticket was taken again since.
+        """
+        self._turn += 1
         while not self._orders.empty():
-            self._orders.get_nowait()  # came too late for whom it was meant
-        self._send(message)
+            self._orders.get_nowait()
+        self._send(msgspec.structs.replace(message, turn=self._turn))
         try:
             return await asyncio.wait_for(self._orders.get(), timeout=within_s)
         except TimeoutError:
@@ -121,7 +128,8 @@ class PilotLink:
         for frame in frames:
             message = codec.decode_from_relay(frame)
             if isinstance(message, m.Order):
-                self._orders.put_nowait(message)
+                if message.turn == self._turn:
+                    self._orders.put_nowait(message)
             elif isinstance(message, m.Refused):
                 if message.code == UNKNOWN_SESSION:
                     self._hello()

@@ -5,6 +5,9 @@ starts it again when it dies early and walltime is left, and tells the relay at 
 nobody waits for a lease to expire. When the end comes near (`ending`) it lets the worker drain; meanwhile it submits its
 successor, if it may (`revive`). What it did is in `exit.json`, in the allocation's folder.
 
+A pilot that ends before the relay knows it (no scratch, no route) cannot say why, and its log lies where few people look. So it leaves
+its last words in the site's shared `state_dir` (`unheard/`), from where a launcher brings them to the relay.
+
 If the pilot itself is killed, the worker notices (see `worker_process`): it finishes what runs and leaves.
 """
 
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edif_hpc.clock import Clock
-from edif_hpc.errors import LaunchError
+from edif_hpc.errors import EdifError, LaunchError
 from edif_hpc.pilot.ending import REFUSED, WARNINGS, Ending
 from edif_hpc.pilot.joining import join
 from edif_hpc.pilot.lifetime import JOB_ID, Lifetime
@@ -39,6 +42,7 @@ from edif_hpc.slurm.ordering import Ordering
 from edif_hpc.slurm.site import Site
 from edif_hpc.slurm.status import Slurm
 from edif_hpc.slurm.submit import SlurmSubmitter
+from edif_hpc.slurm.unheard import LastWords, leave_words
 from edif_hpc.wire.sockets import KeyPair
 
 _log = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _NODE_NAME = "SLURMD_NODENAME"
+#: A scheduler that preempts us waits for nobody.
+_ASK_S = 5.0
 
 
 @dataclass(kw_only=True)
@@ -61,6 +67,8 @@ class Pilot:
     lifetime: Lifetime = field(init=False)
     _starts: int = 0
     _requests: int = 0
+    _joined: bool = False
+    _asking: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         environ = self.environ or {}
@@ -71,32 +79,27 @@ class Pilot:
 
     async def run(self) -> str:
         """Serve until the worker has left; returns the cause."""
-        began = self.clock.monotonic()
-        scratch = Path(os.path.expandvars(self.order.scratch))  # variables of this node
-        cause = "the pilot failed"
-        with own_folder(scratch, keep=not self.order.folder):
-            try:
-                async with way_out(self.order.route) as way:
-                    cause = await self._serve(scratch, way)
-            except LaunchError as error:
-                cause = str(error)
-                raise
-            finally:
-                record = {
-                    "cause": cause,
-                    "seconds": round(self.clock.monotonic() - began, 1),
-                    "requests": self._requests,
-                    "worker_starts": self._starts,
-                    "node": self._node,
-                    "job_id": self.lifetime.id,
-                    "left_s": self.lifetime.left_s,
-                }
-                folder = Path(self.order.folder) if self.order.folder else scratch
-                (folder / "exit.json").write_text(json.dumps(record))
-        return cause
+        try:
+            return await self._run()
+        except (LaunchError, OSError) as error:
+            if not self._joined:
+                await asyncio.to_thread(self._leave_words, str(error))
+            raise
 
     def signalled(self, number: signal.Signals) -> None:
         """A signal came."""
+        if number in WARNINGS and self.lifetime.may_have_moved:
+            self._asking = _aside(self._ask_first(number), "ask-for-end")
+        else:
+            self._told(number)
+
+    async def _ask_first(self, number: signal.Signals) -> None:
+        """A warning far from the end is preemption, unless an administrator has moved the end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.lifetime.refresh(), timeout=_ASK_S)
+        self._told(number)
+
+    def _told(self, number: signal.Signals) -> None:
         self.ending.signalled(number, self.lifetime.left_s)
         if number in WARNINGS:
             self.lifetime.warned()
@@ -105,6 +108,52 @@ class Pilot:
     def _node(self) -> str:
         """This node as the scheduler calls it, which is the name to exclude it by; elsewhere as it calls itself."""
         return (self.environ or {}).get(_NODE_NAME) or os.uname().nodename
+
+    async def _run(self) -> str:
+        began = self.clock.monotonic()
+        scratch = Path(os.path.expandvars(self.order.scratch))  # variables of this node
+        if "$" in str(scratch):
+            raise LaunchError(
+                f"no scratch on {self._node}: {self.order.scratch} names a variable that is not set there; correct "
+                "`scratch` of the site"
+            )
+        cause = "the pilot failed"
+        with own_folder(scratch, keep=not self.order.folder):
+            try:
+                async with way_out(self.order.route) as way:
+                    cause = await self._serve(scratch, way)
+            except (EdifError, OSError) as error:
+                cause = str(error)
+                raise
+            finally:
+                folder = Path(self.order.folder) if self.order.folder else scratch
+                self._record(folder, cause, seconds=self.clock.monotonic() - began)
+        return cause
+
+    def _record(self, folder: Path, cause: str, *, seconds: float) -> None:
+        record = {
+            "cause": cause,
+            "seconds": round(seconds, 1),
+            "requests": self._requests,
+            "worker_starts": self._starts,
+            "node": self._node,
+            "job_id": self.lifetime.id,
+            "left_s": self.lifetime.left_s,
+        }
+        try:
+            (folder / "exit.json").write_text(json.dumps(record))
+        except OSError as error:  # what else is to be done at the end does not depend on it
+            extra = {"event": "no_record", "folder": str(folder)}
+            _log.error("no record of this allocation: %s", error, extra=extra)
+
+    def _leave_words(self, detail: str) -> None:
+        if not self.order.folder:
+            return
+        words = LastWords(name=self.order.name, node=self._node, detail=detail)
+        try:
+            leave_words(Path(self.order.folder).parent, words)
+        except OSError as error:
+            _log.error("no last words: %s", error, extra={"event": "words_lost"})
 
     async def _serve(self, scratch: Path, way: Way) -> str:
         worker_keys, pilot_keys = KeyPair.generate(), KeyPair.generate()
@@ -125,7 +174,8 @@ class Pilot:
             clock=self.clock,
             job=self.lifetime,
         )
-        order_file = self._write_worker_order(joined, worker_keys, scratch, way)
+        self._joined = True
+        order_file = scratch / "worker.order"
         cause = "the pilot failed"
         reviving = self._reviving(link)
         aside = [
@@ -134,14 +184,16 @@ class Pilot:
             *([] if reviving is None else [_aside(reviving.run(), "revive")]),
         ]
         try:
+            write_order(order_file, self._worker_order(joined, worker_keys, scratch, way))
             cause = await self._keep_alive(order_file, link)
             if reviving is not None and self.ending.begun:
                 await reviving.last_chance()
-        except LaunchError as error:
+        except (LaunchError, OSError) as error:
             cause = str(error)
             raise
         finally:
-            order_file.unlink(missing_ok=True)
+            with suppress(OSError):  # it goes with its folder, then
+                order_file.unlink()
             for task in aside:
                 task.cancel()
             await asyncio.gather(*aside, return_exceptions=True)
@@ -176,11 +228,10 @@ class Pilot:
         await link.until_refused()
         self.ending.come(REFUSED, within_s=self.ending.term_s)
 
-    def _write_worker_order(
+    def _worker_order(
         self, joined: Mapping[str, Any], keys: KeyPair, scratch: Path, way: Way
-    ) -> Path:
-        path = scratch / "worker.order"
-        order = WorkerOrder(
+    ) -> WorkerOrder:
+        return WorkerOrder(
             name=self.order.name,
             endpoint=joined["endpoint"],
             server_key=joined["server_key"],
@@ -190,8 +241,6 @@ class Pilot:
             engine=self.order.engine,
             proxy=way.proxy,
         )
-        write_order(path, order)
-        return path
 
     async def _keep_alive(self, order_file: Path, link: PilotLink) -> str:
         restart = Restart()

@@ -2,6 +2,9 @@
 
 A pilot that is killed leaves its folder behind, perhaps with gigabytes of results. The next one on that node finds that nobody
 holds the lock, and removes it. The kernel drops the lock with the process, so a living pilot's folder is never taken away.
+
+Scratches are shared, like `/tmp`. All that we make there is in one folder of ours, which nobody else may write: whoever owned it, or a
+link in its place, could put other files under the paths that we write to, run from, and remove.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +33,8 @@ def own_folder(path: Path, *, keep: bool) -> Iterator[Path]:
         LaunchError: it cannot be made, belongs to somebody else, or another pilot works in it.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_above(path.parent)
+        path.mkdir(exist_ok=True, mode=0o700)
         fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise LaunchError(
@@ -51,12 +56,22 @@ def own_folder(path: Path, *, keep: bool) -> Iterator[Path]:
                 )  # of what stays, the next pilot tries again
 
 
+def _check_above(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise LaunchError(
+            f"{folder} on {os.uname().nodename} is a link, belongs to somebody else, or others may write to it; remove it, or "
+            "correct `scratch` of the site"
+        )
+
+
 def _sweep(mine: Path) -> None:
     """Remove what pilots that are no more left beside us."""
     for lock in mine.parent.glob(f"*/{_LOCK}"):
-        if lock.parent == mine:
-            continue
         with suppress(OSError):  # somebody else's, or gone by now
+            if lock.parent == mine or len(list(lock.parent.iterdir())) == 1:
+                continue  # one with nothing but its lock may be about to take it
             fd = os.open(lock, os.O_RDWR)
             try:
                 if _locked(fd):

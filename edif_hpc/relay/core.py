@@ -65,6 +65,7 @@ class Core:
         )
         governing = Governing(
             history=self.fleet.history,
+            deployments=self.fleet.deployments,
             taken=self.fleet.taken,
             clock=clock,
             submits=settings.submits_per_10_min,

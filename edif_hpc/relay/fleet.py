@@ -33,6 +33,8 @@ LOST_AFTER_S = 600.0
 #: Of an allocation that drains and whose worker has left, only the pilot's goodbye is missing. Longer than a new relay's
 #: grace for leases, which a worker that is cut off may still present.
 LEFT_AFTER_S = 90.0
+#: What is left of a walltime without that margin has to be worth a job.
+WORTH_S = 30.0
 LOCAL: Final = "local"  #: the site where whoever says `up` submits the jobs himself
 
 
@@ -140,6 +142,7 @@ class Fleet(Roll):
                 f"the jobs of {deployment} at {site} need a walltime; say how long one may run: --walltime"
             )
         if walltime_min is not None:
+            self._check_walltime(walltime_min)
             facts = {"walltime_min": walltime_min, "gpu": gpu, "gpus": gpus, "replicas": slots}
             said = {name: fact for name, fact in facts.items() if fact is not None}
             await self._change_deployment(deployment, site=site, up_at=self._clock.wall(), **said)
@@ -147,6 +150,15 @@ class Fleet(Roll):
             return []
         wanted = slots if slots is not None else self.deployment(deployment).replicas
         return await self._allocate_here(deployment, wanted, walltime_min)
+
+    def _check_walltime(self, walltime_min: int) -> None:
+        """Else job follows job, and each leaves as soon as it is warm."""
+        least_s = self.margin_s + WORTH_S
+        if 60.0 * walltime_min <= least_s:
+            raise InvalidInput(
+                f"a walltime of {walltime_min} min serves nobody: workers leave {self.margin_s:g} s before its end "
+                f"(end_margin_s of the relay); ask for {math.floor(least_s / 60.0) + 1} min or more"
+            )
 
     async def scale(self, deployment: str, replicas: int) -> None:
         """An operator wants another number of replicas; workers that are too many leave.

@@ -14,7 +14,7 @@ from edif_hpc.domain.governor import Permit, Tokens
 class Governing:
     """Who may be submitted, how often and where.
 
-    `history` gives all allocations known, ended and live; `taken` when orders of a site were given out before this process
+    `history` gives all allocations known, ended and live; `deployments` all there are; `taken` when orders of a site were given out before this process
     began (wall clock).
     """
 
@@ -22,11 +22,12 @@ class Governing:
         self,
         *,
         history: Callable[[], Iterable[Allocation]],
+        deployments: Callable[[], Iterable[Deployment]],
         taken: Callable[[str], Iterable[float]],
         clock: Clock,
         submits: int,
     ) -> None:
-        self._history, self._taken = history, taken
+        self._history, self._deployments, self._taken = history, deployments, taken
         self._clock, self._submits = clock, submits
         self._tokens: dict[str, Tokens] = {}
 
@@ -42,7 +43,8 @@ class Governing:
     def bad_nodes(self, site: str) -> tuple[str, ...]:
         """Nodes of a site to leave out."""
         trials = governor.trials(each for each in self._history() if each.site == site)
-        return governor.bad_nodes(trials, now=self._clock.wall())
+        since = {each.name: each.up_at or 0.0 for each in self._deployments()}
+        return governor.bad_nodes(trials, now=self._clock.wall(), since=since)
 
     def tokens(self, site: str) -> Tokens:
         """The submissions of a site; those before the relay was started count too."""

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 GONE: Final = "gone"
 NEVER_JOINED: Final = "its pilot could not join"
+#: Pilots that found no relay for two minutes have told it by a launcher so long after it is back.
+_BACK_S: Final = 300.0
 #: An allocation that has ended leaves its job so much time to end by itself.
 _LEAVING_S: Final = 180.0
 
@@ -56,6 +58,10 @@ class Orders:
     launchers: dict[str, tuple[str, float]] = field(default_factory=dict)
     _strays: dict[tuple[str, str], tuple[Allocation, str]] = field(default_factory=dict)
     _refused: dict[str, _Refusals] = field(default_factory=dict)
+    _began: float = field(init=False)  # wall
+
+    def __post_init__(self) -> None:
+        self._began = self.clock.wall()
 
     # -- launchers -----------------------------------------------------------------------------------------------------
 
@@ -180,10 +186,20 @@ class Orders:
         self.roll.adopt(replace(row, detail=words[:2000]))
 
     async def _never_joined(self, site: str, name: str, node: str, words: str) -> None:
-        """Its pilot could not speak to us, and said why to the launcher."""
+        """Its pilot could not speak to us, and said why to the launcher.
+
+        Another job of that name may have joined since, and serves: such words say nothing of it.
+        """
+        now = self.clock.monotonic()
         for row in self.roll.live():
-            if (row.site, row.name) == (site, name):
-                await self.roll.end(row.id, cause=NEVER_JOINED, detail=words, node=node)
+            silent = self.roll.silence_s(row.id, now) >= self.silent_s
+            if (row.site, row.name) == (site, name) and silent:
+                cause = governor.AWAY if self._was_away(row) else NEVER_JOINED
+                await self.roll.end(row.id, cause=cause, detail=words, node=node)
+
+    def _was_away(self, row: Allocation) -> bool:
+        """Whether we were started while it waited, and only just: then it found nobody, and that is no fault of its own."""
+        return row.submitted_at < self._began and self.clock.wall() - self._began < _BACK_S
 
     async def _cancelled(self, allocation_id: str) -> None:
         strays = [key for key in self._strays if key[0] == allocation_id]

@@ -83,9 +83,10 @@ class Pilots:
     ) -> None:
         found = await self.orders.revive(allocation, may_submit=asked.may_submit)
         if isinstance(found, str):
-            answer(m.Order(reason=found))
+            answer(m.Order(reason=found, turn=asked.turn))
             return
-        answer(m.Order(**{key: value for key, value in found.items() if key != "kind"}))
+        ticket = {key: value for key, value in found.items() if key != "kind"}
+        answer(m.Order(**ticket, turn=asked.turn))
 
     async def _ordered(
         self, allocation: str, told: m.Ordered, answer: Callable[[m.FromRelay], object]
@@ -95,4 +96,4 @@ class Pilots:
         else:
             kind = told.refusal or "retry"
             await self.orders.refused(told.allocation, allocation, kind, told.detail)
-        answer(m.Order(reason=m.HEARD))
+        answer(m.Order(reason=m.HEARD, turn=told.turn))

@@ -2,6 +2,9 @@
 
 submitit installs handlers that ignore SIGTERM and that requeue on SIGUSR2. Replacing the process image throws them away,
 and leaves submitit no result to pickle: the pilot's exit code is the job's.
+
+The batch script says which order is its job's (`ORDER`): of two that were submitted for one allocation either may have found the
+other's pickle in their folder.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import signal
 import sys
 
 PILOT = "edif_hpc.pilot.app"
+ORDER = "EDIF_HPC_ORDER"
 
 
 def enter(order: str, module: str = PILOT) -> None:
@@ -22,4 +26,5 @@ def enter(order: str, module: str = PILOT) -> None:
         signal.SIGUSR2,
     ):  # a warning that comes before anyone listens must not kill
         signal.signal(number, signal.SIG_IGN)
+    order = os.environ.get(ORDER, order)  # noqa: TID251 - this is the start of a process
     os.execv(sys.executable, [sys.executable, "-u", "-m", module, order])  # noqa: S606 - our own interpreter

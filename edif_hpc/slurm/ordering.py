@@ -2,6 +2,9 @@
 
 Each allocation has a folder of its own in the site's `state_dir`, which login and compute nodes share. In it lie the pilot's
 order (until the pilot has read it), what submitit writes, the log, and in the end `exit.json`.
+
+An order's file is named after its token. A holder that stood still may wake up after another one has submitted the same allocation:
+its job then finds the order that it was given, whose token is good for nothing any more, and the other job finds its own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from edif_hpc.domain.people import secret_hash
 from edif_hpc.errors import LaunchError, SubmitRefused
 from edif_hpc.slurm.order import WORKER, ContainerOrder, PilotOrder, write_order
 from edif_hpc.slurm.site import Site
@@ -20,9 +24,12 @@ from edif_hpc.slurm.submit import Submission, Submitter, check_folder, submissio
 
 #: How much of the time between SIGTERM and SIGKILL a worker may use; the rest is for what the pilot has to say.
 _OF_KILL_WAIT: Final = 2 / 3
+#: How much of its walltime a pilot waits for a relay that it does not reach: it may have waited for hours to start.
+_OF_WALLTIME, _JOIN_S, _LONGEST_JOIN_S = 0.1, 120.0, 900.0
 
 
-_UNKNOWN_NODE: Final = "invalid node name"
+#: What sbatch says of nodes to leave out, if one is not there any more, or if no other is left.
+_WITHOUT_NODES: Final = ("invalid node name", "node configuration is not available")
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +66,10 @@ class Ordering:
         try:
             return self.submitter.submit(self._submission(ticket))
         except SubmitRefused as error:
-            if not (ticket.exclude and _UNKNOWN_NODE in str(error).lower()):
+            said = str(error).lower()
+            if not ticket.exclude or not any(words in said for words in _WITHOUT_NODES):
                 raise
-            # A node that was left out has left the cluster, which is as good.
+            # A node that has left the cluster is left out anyway, and a suspicious node is better than none.
             return self.submitter.submit(
                 self._submission(msgspec.structs.replace(ticket, exclude=()))
             )
@@ -75,7 +83,7 @@ class Ordering:
             gpus=ticket.gpus,
             walltime_min=ticket.walltime_min,
             name=ticket.name,
-            order=folder / "pilot.order",
+            order=folder / f"pilot-{secret_hash(ticket.join_token)[:8]}.order",
             folder=folder,
             exclude=ticket.exclude,
             begin_after_s=ticket.begin_after_s,
@@ -104,6 +112,7 @@ class Ordering:
             container=self._container(ticket.gpu, f"{own}/images"),
             site_file=str(self.site_file or ""),
             term_s=self.site.kill_wait_s * _OF_KILL_WAIT,
+            join_s=max(_JOIN_S, min(_LONGEST_JOIN_S, _OF_WALLTIME * 60.0 * ticket.walltime_min)),
         )
 
     def _container(self, gpu: str | None, copies: str) -> ContainerOrder | None:

@@ -38,6 +38,7 @@ _GRES = re.compile(r"[A-Za-z0-9_/.-]+(:[A-Za-z0-9_.-]+)?", re.ASCII)
 _OPTION = re.compile(r"[a-z][a-z-]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PLAIN = re.compile(r"[^\s\x00-\x1f]+")
+_IN_SCRIPT = re.compile(r"[^\s%\\\x00-\x1f]+")
 _HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", re.ASCII)
 _LINE = re.compile(r"[^\n\x00]+")
 
@@ -122,7 +123,12 @@ def load_site(path: Path) -> Site:
         raise SettingsError(f"the site file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise SettingsError(f"the site file {path} is not TOML: {error}") from error
-    return _Reader(path).site(content)
+    site = _Reader(path).site(content)
+    if site.engine.hub_token is not None and path.stat().st_mode & 0o077:
+        raise SettingsError(
+            f"{path} holds a secret (engine.hub_token), and others may read it; chmod 600 {path}"
+        )
+    return site
 
 
 class _Reader:
@@ -202,10 +208,7 @@ class _Reader:
 
     def _check_site(self, site: Site) -> None:
         self._must(_NAME, "name", site.name, "a name of small letters, digits and dashes")
-        if not site.state_dir.is_absolute():
-            raise self._wrong(
-                "state_dir", f"is {str(site.state_dir)!r}; it must be an absolute path"
-            )
+        self._check_state_dir(site)
         if site.scheduler == "slurm" and not site.gpus:
             raise self._wrong(
                 "gpus", "is missing; a Slurm site needs at least one table [gpus.NAME]"
@@ -220,6 +223,17 @@ class _Reader:
         for name, value in msgspec.structs.asdict(site.limits).items():
             if value < 1:
                 raise self._wrong(f"limits.{name}", f"is {value}; it must be 1 or more")
+
+    def _check_state_dir(self, site: Site) -> None:
+        if not site.state_dir.is_absolute():
+            raise self._wrong(
+                "state_dir", f"is {str(site.state_dir)!r}; it must be an absolute path"
+            )
+        if (
+            site.scheduler == "slurm"
+        ):  # sbatch reads it in a line of a script, where % is for job ids
+            path = str(site.state_dir)
+            self._must(_IN_SCRIPT, "state_dir", path, "a path without spaces, % and backslashes")
 
     def _check_route(self, site: Site) -> None:
         if site.proxy:

@@ -4,8 +4,8 @@ A listing has three kinds of answer for an allocation: it is there, it is not th
 `SlurmUnavailable` and never an empty list: whoever takes a silent controller for the end of all jobs submits them all anew.
 Therefore squeue's headline is asked for, which it prints whenever it has an answer, even if that has no jobs.
 
-Only jobs whose name (or comment, should a site rename jobs) begins with `edif-` are ours; a person's other jobs are never seen.
-An ended job leaves the listing at once. States are Slurm's words in small letters; new ones appear with new releases, and
+Only jobs whose name (or comment, should a site rename jobs) is one of ours, `edif-…`, count; a person's other jobs are never seen,
+whatever their names and comments hold: also line breaks, so that what they spread over several lines is passed over. An ended job leaves the listing at once. States are Slurm's words in small letters; new ones appear with new releases, and
 whatever is listed is alive.
 """
 
@@ -27,9 +27,11 @@ ASK_TIMEOUT_S: Final = 20.0
 FORMAT: Final = "%j|%i|%T|%r|%N|%S|%L|%k"
 _HEADLINE = "NAME|JOBID|STATE|"
 _FIELDS = 8
+_WORDS = 400  #: of a reason, which may list all nodes of a cluster
 _WAITING = {"pending", "requeued", "requeue_fed", "requeue_hold", "special_exit", "resv_del_hold"}
 _OVER = ("invalid job id", "already completing or completed", "already finished")
 _JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?", re.ASCII)
+_OURS = re.compile(rf"{PREFIX}[a-z0-9-]{{1,80}}-[0-9a-f]{{2,16}}", re.ASCII)
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", re.ASCII)
 _END_TIME = re.compile(r"(?:^|\s)EndTime=(\S+)")
 
@@ -76,7 +78,7 @@ class Slurm:
     def find(self, name: str) -> JobLine | None:
         """The job of that name; None if a full listing has none. Of several the oldest, which is the one that counts."""
         found = [each for each in self.list_jobs() if each.name == name]
-        return min(found, key=lambda each: int(each.job_id.partition("_")[0]), default=None)
+        return min(found, key=lambda each: (len(each.job_id), each.job_id), default=None)
 
     def cancel(self, job_id: str, *, name: str) -> None:
         """End a job, if it has that name; nothing happens if it is over.
@@ -123,27 +125,35 @@ def read_listing(text: str, *, now: float) -> list[JobLine]:
     Raises:
         SlurmUnavailable: this is not a listing.
     """
-    headline, *lines = text.splitlines() or [""]
+    headline, *lines = text.split("\n")
     if not headline.startswith(_HEADLINE):
         raise SlurmUnavailable(f"squeue printed no listing; its first line is {headline[:80]!r}")
-    found = (_read_line(line, now) for line in lines if line.strip())
-    return [each for each in found if each.name.startswith(PREFIX)]
+    if lines.pop() if lines else headline:
+        raise SlurmUnavailable(f"squeue printed half a listing; it ends with {text[-80:]!r}")
+    found = (_read_line(line, now) for line in lines)
+    return [each for each in found if each is not None]
 
 
-def _read_line(line: str, now: float) -> JobLine:
+def _read_line(line: str, now: float) -> JobLine | None:
+    """One of our jobs; None for anything else."""
     fields = [each.strip() for each in line.split("|", _FIELDS - 1)]
     if len(fields) < _FIELDS:
-        raise SlurmUnavailable(f"squeue printed a line that is none of a listing: {line[:80]!r}")
+        return None  # a piece of somebody's comment
     name, job_id, state, reason, node, start, left, comment = fields
+    if not job_id[:1].isdigit():
+        return None  # a name with a stroke in it
+    ours = next((each for each in (name, comment) if _OURS.fullmatch(each)), None)
+    if ours is None:
+        return None
     state = state.lower()
     waits = state in _WAITING
     start_at = _read_time(start) if waits else None
     return JobLine(
-        name=comment if comment.startswith(PREFIX) and not name.startswith(PREFIX) else name,
+        name=ours,
         job_id=job_id,
         state=state,
-        reason="" if reason == "None" else reason,
-        node=node or None,
+        reason="" if reason == "None" else reason[:_WORDS],
+        node=node[:_WORDS] or None,
         start_in_s=None if start_at is None else max(0.0, start_at - now),
         left_s=None if waits else read_duration(left),
     )

@@ -2,7 +2,8 @@
 
 submitit writes a batch script and a pickle of what is to be called, gives the script to sbatch, reads the job's id from the
 answer, and only then renames the pickle to what the job will look for. Each of these steps may be the last one of this
-process, since it is killed when it takes too long; so the script has a line that takes the pickle if the renaming never came.
+process, since it is killed when it takes too long; so the script has a line that takes the pickle if the renaming never came,
+and one that says which order is meant, should it be another submission's pickle.
 
 Of what submitit does besides, little is wanted: it is not to requeue, not to name a wckey, not to hand our environment on,
 and its handlers of signals go when `entry.enter` replaces the process that it started.
@@ -22,7 +23,7 @@ import msgspec
 
 from edif_hpc.errors import LaunchError
 from edif_hpc.slurm.commands import own_environ
-from edif_hpc.slurm.entry import enter
+from edif_hpc.slurm.entry import ORDER, enter
 from edif_hpc.slurm.site import Site
 from edif_hpc.slurm.submit import Outcome, Submission, Task, check_folder
 
@@ -140,7 +141,8 @@ def _setup(submission: Submission, site: Site) -> list[str]:
     folder = shlex.quote(str(submission.folder))
     own = f"{folder}/${{SLURM_JOB_ID}}_submitted.pkl"
     adopt = f"find {folder} -maxdepth 1 -name '*.pkl' ! -name '*_*' -exec cp -n {{}} {own} \\; 2>/dev/null"
-    return [*exports, *site_lines, adopt]
+    order = f"export {ORDER}={shlex.quote(str(submission.order))}"
+    return [*exports, *site_lines, order, adopt]
 
 
 def _test_only(script: str, folder: Path) -> Outcome:

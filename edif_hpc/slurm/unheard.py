@@ -50,6 +50,10 @@ def find_words(state_dir: Path) -> list[LastWords]:
 
 
 def forget_words(state_dir: Path, heard: Iterable[LastWords]) -> None:
-    """The relay has heard them."""
+    """The relay has heard them; what cannot be removed it hears again."""
     for each in heard:
-        (state_dir / _FOLDER / f"{each.name}.json").unlink(missing_ok=True)
+        file = state_dir / _FOLDER / f"{each.name}.json"
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s cannot be removed: %s", file, error, extra={"event": "words_stay"})

@@ -72,6 +72,7 @@ class SlotRelay:
         self.fleet.restore()
         governing = Governing(
             history=self.fleet.history,
+            deployments=self.fleet.deployments,
             taken=self.fleet.taken,
             clock=self.clock,
             submits=self.submits,

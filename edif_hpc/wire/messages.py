@@ -43,6 +43,7 @@ class Held(Struct, frozen=True, kw_only=True, array_like=True):
     size: Size = 0
 
 
+Turn = Annotated[int, Meta(ge=0, le=1 << 31)]
 HeldList = Annotated[list[Held], Meta(max_length=MAX_HELD)]
 
 
@@ -167,9 +168,13 @@ class Report(Message, frozen=True, tag="report"):
 
 
 class Revive(Message, frozen=True, tag="revive"):
-    """A pilot asks for the ticket of its successor; without `may_submit` it only asks whether there is one."""
+    """A pilot asks for the ticket of its successor; without `may_submit` it only asks whether there is one.
+
+    Each asking takes the ticket anew, and of several only the newest is good for anything. `turn` tells their answers apart.
+    """
 
     may_submit: bool = True
+    turn: Turn = 0
 
 
 class Ordered(Message, frozen=True, tag="ordered"):
@@ -179,6 +184,7 @@ class Ordered(Message, frozen=True, tag="ordered"):
     job_id: Word | None = None
     refusal: Word | None = None  #: "retry", "config" or "quota"
     detail: Text = ""
+    turn: Turn = 0
 
     def __post_init__(self) -> None:
         if (self.job_id is None) == (self.refusal is None):
@@ -289,7 +295,7 @@ class Drain(Message, frozen=True, tag="drain"):
 class Order(Message, frozen=True, tag="order"):
     """The ticket of a successor: submit this allocation. Without an allocation there is nothing to submit, for `reason`.
 
-    The same, empty but for the reason `HEARD`, answers an `Ordered`.
+    The same, empty but for the reason `HEARD`, answers an `Ordered`. `turn` is that of what it answers.
     """
 
     allocation: Id | None = None
@@ -304,6 +310,7 @@ class Order(Message, frozen=True, tag="order"):
     exclude: Annotated[list[Word], Meta(max_length=1000)] = []
     begin_after_s: Seconds = 0.0
     reason: Text = ""
+    turn: Turn = 0
 
 
 class Beat(Message, frozen=True, tag="beat"):

@@ -113,6 +113,8 @@ async def _serve(
     if follow_input:
         loop.add_reader(sys.stdin.fileno(), _input_closed, runtime.drain)
     code = await runtime.run(dealer)
+    # The loop gives its handlers back when it closes, and what it handled would kill a process that has all but left.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, *_TIME_IS_OVER})
     (scratch / SERVED).write_text(str(runtime.requests))
     return code
 

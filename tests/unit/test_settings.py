@@ -63,6 +63,7 @@ def test_the_file_is_found_by_the_environment(file: Path, tmp_path: Path) -> Non
         ({"public_url": "relay.example"}, {}, "", ["public_url", "http://"]),
         ({"default_wall_s": 9e9}, {}, "", ["default_wall_s", "max_wall_s"]),
         ({"lease_s": 5}, {}, "", ["lease_s", "heartbeats"]),
+        ({"lead_margin_s": 90}, {}, "", ["lead_margin_s", "end_margin_s"]),
         ({"tls_cert": "a.pem"}, {}, "", ["tls_cert and tls_key"]),
         ({"s3_bucket": "b", "s3_endpoint": "http://s3"}, {}, "", ["s3_access_key, s3_secret_key"]),
         ({"s3_endpoint": "s3.example"}, {}, "", ["s3_endpoint", "http://"]),

@@ -90,20 +90,22 @@ async def test_a_generation_hands_over_to_the_next(world: World) -> None:
         lambda: world.relay.core.fleet.allocation(order["allocation"]).job_id == "77",  # type: ignore[union-attr]
         "the pilot told its job",
     )
-    pilot.say(m.Revive())
-    assert "no successor" in (await pilot.hears(m.Order)).reason
+    pilot.say(m.Revive(turn=7))
+    told = await pilot.hears(m.Order)
+    assert ("no successor" in told.reason, told.turn) == (True, 7)
 
     pilot.say(m.Renew(left_s=500.0))
     await pilot.hears(m.Beat)
     successors = lambda: [e for e in world.relay.core.fleet.live() if e.generation == 2]  # noqa: E731
     await until(successors, "its successor is ordered")
-    pilot.say(m.Revive())
+    pilot.say(m.Revive(turn=8))
     ticket = await pilot.hears(m.Order, nth=2)
     assert (ticket.generation, ticket.name) == (2, successors()[0].name)
-    assert ticket.allocation is not None
-    pilot.say(m.Ordered(allocation=ticket.allocation, job_id="78"))
-    assert (await pilot.hears(m.Order, nth=3)).reason == "heard"
-    assert state(world, ticket.allocation) is A.SUBMITTED
+    assert (ticket.allocation is not None, ticket.turn) == (True, 8)
+    pilot.say(m.Ordered(allocation=ticket.allocation or "", job_id="78", turn=9))
+    heard = await pilot.hears(m.Order, nth=3)
+    assert (heard.reason, heard.turn) == ("heard", 9)
+    assert state(world, ticket.allocation or "") is A.SUBMITTED
     body = {"site": SITE, "launcher": "login1", "limit": 4}
     assert (await launcher.post("/launcher/orders", body))["orders"] == []
 

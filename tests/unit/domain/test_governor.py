@@ -119,3 +119,14 @@ def test_a_deployment_that_gets_warm_nowhere_blames_no_node() -> None:
     assert bad_nodes([*broken, *sound], now=30.0) == ()
     works_elsewhere = Trial(at=8.0, warm=True, deployment="broken", node="n7")
     assert bad_nodes([*broken, works_elsewhere], now=30.0) == ("n0", "n1")
+
+
+def test_a_bad_node_is_forgiven() -> None:
+    """Else what was wrong with the site for an hour would leave out its nodes for a day."""
+    trials = [Trial(at=1.0, warm=True, deployment="tiny", node="n1")]
+    trials += [died(float(at), node=f"n{at % 2}", deployment="tiny") for at in range(10, 14)]
+    assert bad_nodes(trials, now=30.0) == ("n0", "n1")
+    assert bad_nodes(trials, now=30.0, since={"tiny": 20.0}) == (), "an operator said `up`"
+    assert bad_nodes(trials, now=30.0, since={"other": 20.0}) == ("n0", "n1")
+    warm = Trial(at=25.0, warm=True, deployment="tiny", node="n0")
+    assert bad_nodes([*trials, warm], now=30.0) == ("n1",)

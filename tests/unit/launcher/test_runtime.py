@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from edif_hpc.errors import (
+    InvalidInput,
     LaunchError,
     NotAuthenticated,
     SlurmUnavailable,
@@ -142,9 +145,13 @@ def test_an_order_becomes_a_job_and_the_relay_hears_its_id(bench: Bench) -> None
     assert reported["jobs"] is None
 
 
-def test_a_node_that_has_left_the_cluster_need_not_be_left_out(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    "said", ["Invalid node name specified", "Requested node configuration is not available"]
+)
+def test_a_node_without_which_there_is_no_job_is_not_left_out(bench: Bench, said: str) -> None:
+    """It has left the cluster, or it is the last one."""
     bench.relay.orders = [ORDER]
-    outcomes = iter([SubmitRefused("sbatch: error: Invalid node name specified", kind="config")])
+    outcomes = iter([SubmitRefused(f"sbatch: error: {said}", kind="config")])
 
     def outcome() -> str:
         for error in outcomes:
@@ -159,12 +166,21 @@ def test_a_node_that_has_left_the_cluster_need_not_be_left_out(bench: Bench) -> 
 def test_the_order_of_the_pilot_is_for_its_owner_alone(bench: Bench) -> None:
     bench.relay.orders = [ORDER]
     bench.launcher.round()
-    file = folder_of(bench.launcher.site, NAME) / "pilot.order"
+    (file,) = folder_of(bench.launcher.site, NAME).glob("pilot-*.order")
     assert file.stat().st_mode & 0o777 == 0o600
     order = read_pilot_order(file)
     assert (order.join_token, order.relay_url) == ("secret", bench.relay.url)
     assert order.container is not None
     assert (order.container.image, order.container.vendor) == ("/images/worker.sif", "nvidia")
+
+
+def test_a_launcher_that_wakes_up_late_leaves_the_newer_order_alone(bench: Bench) -> None:
+    """Two jobs of one allocation: each reads the order that it was submitted with."""
+    for token in ("newer", "older"):
+        bench.relay.orders = [ORDER | {"join_token": token}]
+        bench.launcher.round()
+    found = [read_pilot_order(each.order).join_token for each in bench.submitter.taken]
+    assert found == ["newer", "older"]
 
 
 def test_a_scheduler_that_does_not_answer_is_unknown_never_empty(bench: Bench) -> None:
@@ -241,6 +257,17 @@ def test_of_two_launchers_on_one_file_system_one_works(bench: Bench) -> None:
         pass
 
 
+def test_a_file_system_without_locks_does_not_keep_launchers_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_file: object, _how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_one(bench.launcher.site):
+        pass
+
+
 def test_the_daemon_outlives_the_relay_and_says_a_thing_once(bench: Bench) -> None:
     stop, told = threading.Event(), []
 
@@ -253,6 +280,34 @@ def test_the_daemon_outlives_the_relay_and_says_a_thing_once(bench: Bench) -> No
     bench.relay.orders = [ORDER]
     serve(bench.launcher, interval_s=0.01, tell=tell, stop=stop)
     assert told == ["the relay is away", f"submitted {NAME} as job 17"]
+
+
+def test_the_daemon_outlives_a_round_that_fails(bench: Bench) -> None:
+    """One job with an odd name, say, must not end what all slots of the site depend on."""
+    stop, told = threading.Event(), []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if text.startswith("submitted"):
+            stop.set()
+
+    refused = InvalidInput("the body cannot be read")
+    bench.relay.failing = [refused, OSError(30, "Read-only file system")]
+    bench.relay.orders = [ORDER]
+    serve(bench.launcher, interval_s=0.01, tell=tell, stop=stop)
+    assert told[0] == "the body cannot be read"
+    assert "Read-only file system" in told[1]
+    assert told[2] == f"submitted {NAME} as job 17"
+
+
+def test_a_scheduler_that_says_too_much_is_cut_short(bench: Bench) -> None:
+    bench.relay.orders = [ORDER]
+    for error in (SubmitUnknown("x" * 9000), SubmitRefused("x" * 9000, kind="config")):
+        bench.submitter.outcome = raising(error)
+        bench.launcher.round()
+    details = [each["detail"] for each in bench.relay.reports]
+    details += [line["detail"] for each in bench.relay.reports for line in each.get("refused", [])]
+    assert sorted(map(len, details))[-2:] == [4000, 4000]
 
 
 def test_the_daemon_ends_when_its_token_is_not_good_any_more(bench: Bench) -> None:

@@ -18,6 +18,8 @@ from edif_hpc.pilot.ending import (
     Ending,
 )
 from edif_hpc.pilot.lifetime import Lifetime
+from edif_hpc.pilot.runtime import Pilot
+from edif_hpc.slurm.order import PilotOrder
 from edif_hpc.testing.clock import ManualClock
 from edif_hpc.testing.wait import wait_until_async
 
@@ -160,3 +162,30 @@ async def test_a_warning_that_comes_early_only_asks_again(
     job.warned()
     await asyncio.wait_for(watching, timeout=10.0)
     assert ending.cause == WALLTIME
+
+
+@pytest.mark.parametrize(
+    ("left_s", "cause"), [(150.0, ""), (3000.0, SIGNALLED), (None, SIGNALLED)]
+)
+async def test_a_warning_far_from_the_end_asks_whether_the_end_was_moved(
+    clock: ManualClock, ending: Ending, left_s: float | None, cause: str
+) -> None:
+    """What an administrator made shorter is no preemption, and has time left; a silent controller proves nothing."""
+    order = PilotOrder(name="n", relay_url="http://127.0.0.1:9", join_token="t", scratch="/s")
+    pilot = Pilot(order=order, clock=clock)
+    asked: list[bool] = []
+
+    def ask() -> float | None:
+        asked.append(True)
+        if left_s is None:
+            raise SlurmUnavailable("Socket timed out")
+        return left_s
+
+    told = {"SLURM_JOB_END_TIME": str(int(clock.wall() + 3600))}
+    pilot.ending = ending
+    pilot.lifetime = Lifetime(JOB | told, clock=clock, ending=ending, ask=ask)
+    pilot.signalled(signal.SIGUSR2)
+    assert not ending.begun
+    await wait_until_async(lambda: asked, 10.0, "it asks")
+    await wait_until_async(lambda: not pilot.lifetime.may_have_moved, 10.0, "it knows")
+    assert ending.cause == cause

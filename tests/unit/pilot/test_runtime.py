@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edif_hpc.clock import SystemClock
-from edif_hpc.errors import LaunchError
+from edif_hpc.errors import LaunchError, NotAuthenticated
 from edif_hpc.pilot.app import main
 from edif_hpc.pilot.ending import REFUSED, SIGNALLED, WALLTIME
 from edif_hpc.pilot.runtime import Pilot
@@ -30,6 +31,7 @@ from edif_hpc.slurm.order import (
     read_worker_order,
     write_order,
 )
+from edif_hpc.slurm.unheard import find_words
 from edif_hpc.testing.wait import wait_until_async
 from edif_hpc.wire import codec
 from edif_hpc.wire import messages as m
@@ -328,14 +330,57 @@ async def test_joining_is_tried_again_while_the_relay_is_away(
     assert len({each["worker_key"] for each in relay.joins}) == 1, "with the same keys"
 
 
+@pytest.mark.parametrize(("status", "words"), [(401, 0), (404, 1)])
 async def test_a_join_that_is_refused_is_final(
-    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch, status: int, words: int
 ) -> None:
-    relay.answers = [401]
-    with pytest.raises(LaunchError, match="HTTP 401"):
-        await pilot(relay, scratch, "", monkeypatch).run()
+    """A token that is not good any more may be one too many: then nobody is to hear of it under the good one's name."""
+    relay.answers = [status]
+    one = pilot(relay, scratch, "", monkeypatch)
+    state_dir = scratch.parent / "state"
+    (state_dir / one.order.name).mkdir(parents=True)
+    one.order = msgspec.structs.replace(one.order, folder=str(state_dir / one.order.name))
+    with pytest.raises((LaunchError, NotAuthenticated), match=f"HTTP {status}"):
+        await one.run()
     assert len(relay.joins) == 1
     assert starts(scratch) == []
+    assert len(find_words(state_dir)) == words
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [("file/x", "no scratch at"), ("$NOT_SET_HERE/x", "names a variable that is not set")],
+)
+async def test_why_it_never_joined_is_left_for_a_launcher(
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch, where: str, why: str
+) -> None:
+    one = pilot(relay, scratch, "", monkeypatch)
+    state_dir = scratch.parent / "state"
+    folder = state_dir / one.order.name
+    folder.mkdir(parents=True)
+    (scratch.parent / "file").touch()
+    one.order = msgspec.structs.replace(
+        one.order, folder=str(folder), scratch=str(scratch.parent / where)
+    )
+    with pytest.raises(LaunchError, match=why):
+        await one.run()
+    (words,) = find_words(state_dir)
+    assert words.name == one.order.name
+    assert why in words.detail
+    assert relay.joins == []
+
+
+async def test_a_file_that_cannot_be_written_is_the_cause(
+    relay: FakeRelay, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scratch / "worker.order").mkdir(parents=True)  # it cannot be written
+    with pytest.raises(OSError, match=r"worker\.order"):
+        await pilot(relay, scratch, "", monkeypatch).run()
+    await wait_until_async(
+        lambda: any(isinstance(each, m.Goodbye) for each in relay.heard), WAIT_S, "its goodbye"
+    )
+    assert "worker.order" in next(e for e in relay.heard if isinstance(e, m.Goodbye)).cause
+    assert "worker.order" in json.loads((scratch / "exit.json").read_text())["cause"]
 
 
 def test_a_pilot_without_a_usable_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_only_what_dead_pilots_left_is_swept(tmp_path: Path) -> None:
     assert not (tmp_path / "living").exists()
 
 
+def test_a_pilot_that_is_just_beginning_is_left_alone(tmp_path: Path) -> None:
+    """It has made its lock and not yet taken it."""
+    (tmp_path / "begins").mkdir()
+    (tmp_path / "begins" / "pilot.lock").touch()
+    with own_folder(tmp_path / "mine", keep=False):
+        assert (tmp_path / "begins" / "pilot.lock").exists()
+
+
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o777)
     (tmp_path / "open").chmod(0o777)
@@ -74,6 +83,35 @@ def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
         own_folder(tmp_path / "open", keep=False),
     ):
         pass
+
+
+def test_the_folder_above_is_ours_alone(tmp_path: Path) -> None:
+    """Whoever may exchange what lies in it tells us what to remove."""
+    precious = tmp_path / "home"
+    (precious / "thesis").mkdir(parents=True)
+    (precious / "thesis" / "pilot.lock").touch()
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "link").symlink_to(precious)
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o777)
+    for above in (shared / "link", shared / "open"):
+        with (
+            pytest.raises(LaunchError, match="correct `scratch` of the site"),
+            own_folder(above / "mine", keep=False),
+        ):
+            pass
+    assert (precious / "thesis").exists()
+    assert not (precious / "mine").exists()
+
+
+def test_the_folder_above_is_made_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with own_folder(tmp_path / "above" / "mine", keep=False):
+            assert (tmp_path / "above").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
 
 
 def test_no_scratch_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edif_hpc.domain.allocation import AllocationState
-from edif_hpc.errors import NotFound
+from edif_hpc.errors import InvalidInput, NotFound
 from edif_hpc.testing.slots import NAME, SITE, SlotRelay, line
 
 A = AllocationState
@@ -147,3 +147,11 @@ async def test_launchers_that_were_heard_of(relay: SlotRelay) -> None:
     await relay.orders.fetch(SITE, "login1", 4)
     relay.clock.advance(5.0)
     assert relay.orders.heard() == {SITE: {"name": "login1", "silent_s": 5.0}}
+
+
+async def test_a_walltime_that_is_all_margin_is_refused(relay: SlotRelay) -> None:
+    """A worker would leave as soon as it is warm, and job follow job."""
+    with pytest.raises(InvalidInput, match=r"serves nobody.*ask for 3 min or more"):
+        await relay.deploy(walltime_min=2)
+    assert relay.store.deployments()[0].up_at is None
+    await relay.up(walltime_min=3)

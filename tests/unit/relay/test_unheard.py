@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edif_hpc.domain.allocation import AllocationState
+from edif_hpc.domain.governor import AWAY, trial_of
 from edif_hpc.relay.orders import NEVER_JOINED
 from edif_hpc.testing.slots import SITE, SlotRelay, line
 
@@ -43,3 +44,26 @@ async def test_a_site_speaks_of_its_own(relay: SlotRelay) -> None:
     everything = {"submitted": [], "refused": [], "cancelled": [], "jobs": None}
     await relay.orders.report("elsewhere", "login9", **everything, unheard=said)
     assert relay.row(order["allocation"]).state is not AllocationState.ENDED
+
+
+async def test_words_of_a_second_job_do_not_end_what_serves(relay: SlotRelay) -> None:
+    """A job that was submitted twice: the one without a good token leaves words under the same name."""
+    order = await submitted(relay)
+    await relay.runs(order)
+    await relay.report(unheard=[(order["name"], "n7", "HTTP 401")])
+    assert relay.row(order["allocation"]).state is AllocationState.WARM
+
+
+async def test_who_found_no_relay_is_not_to_blame(relay: SlotRelay) -> None:
+    """Jobs that start while the relay is away must not pause their deployment."""
+    order = await submitted(relay)
+    relay.clock.advance(600.0)
+    relay.start()
+    await relay.report(unheard=[(order["name"], "n7", "no route to the relay")])
+    row = relay.row(order["allocation"])
+    assert (row.cause, row.detail) == (AWAY, "no route to the relay")
+    assert trial_of(row) is None
+    await relay.slots.reconcile()
+    order = await submitted(relay)
+    await relay.report(unheard=[(order["name"], "n7", "no route to the relay")])
+    assert relay.row(order["allocation"]).cause == NEVER_JOINED, "it has been there all the time"

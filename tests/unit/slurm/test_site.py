@@ -83,6 +83,8 @@ def test_a_home_is_expanded(tmp_path: Path) -> None:
         (TOP + 'gpus = "a6000"\n', "gpus", "must be a table"),
         (TOP.replace("slurm", "pbs") + GPU, "scheduler", "use one of: local, slurm"),
         (TOP.replace("/shared", "shared") + GPU, "state_dir", "absolute"),
+        (TOP.replace("/shared", "/my lab") + GPU, "state_dir", "without spaces"),
+        (TOP.replace("/shared", "/shared/%j") + GPU, "state_dir", "without spaces"),
         (TOP + 'route = "ssh"\n' + GPU, "route", "use one of: direct, socks, connect, login"),
         (TOP + 'route = "socks"\n' + GPU, "proxy", "needs it, as HOST:PORT"),
         (TOP + 'route = "connect"\nproxy = "http://a:1"\n' + GPU, "proxy", "must be HOST:PORT"),
@@ -109,3 +111,13 @@ def test_a_mistake_is_named_with_its_file_and_key(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere.toml cannot be read: No such file"):
         load_site(tmp_path / "nowhere.toml")
+
+
+def test_a_file_with_a_secret_is_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "here.toml"
+    path.write_text(TOP + GPU + '[engine]\nhub_token = "hf_x"\n')
+    path.chmod(0o644)
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load_site(path)
+    path.chmod(0o600)
+    assert load_site(path).engine.hub_token == "hf_x"

@@ -89,7 +89,31 @@ def test_no_jobs_is_an_answer() -> None:
     assert read_listing(HEAD, now=NOW) == []
 
 
-@pytest.mark.parametrize("text", ["", "\n", "slurm is away\n", HEAD + "edif-a-0-1-aa|17\n"])
+def test_what_other_jobs_are_called_does_not_hide_ours() -> None:
+    """Names and comments may hold anything, also line breaks; none of it is ours."""
+    ours = "edif-a-0-1-aa|17|PENDING|Priority||N/A|1:00|edif-a-0-1-aa"
+    others = [
+        "two\nlines|18|PENDING|Priority||N/A|1:00|(null)",
+        "thesis|19|PENDING|Priority||N/A|1:00|one\n\ntwo|and pipes\u2028three\x0b",
+        f"edif-{'x' * 600}|20|PENDING|Priority||N/A|1:00|(null)",
+        "edif-x|y|21|PENDING|Priority||N/A|1:00|(null)",
+    ]
+    found = read_listing(HEAD + "\n".join([*others, ours, *others]) + "\n", now=NOW)
+    assert [each.name for each in found] == ["edif-a-0-1-aa"]
+
+
+def test_a_reason_that_names_a_whole_cluster_is_cut() -> None:
+    nodes = ",".join(f"node{number}" for number in range(200))
+    line = f"edif-a-0-1-aa|17|PENDING|ReqNodeNotAvail, UnavailableNodes:{nodes}||N/A|1:00|\n"
+    (found,) = read_listing(HEAD + line, now=NOW)
+    assert found.reason.startswith("ReqNodeNotAvail, UnavailableNodes:node0")
+    assert len(found.reason) == 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "slurm is away\n", HEAD[:-1], HEAD + "edif-a-0-1-aa|17", HEAD + "\nthesis|18"],
+)
 def test_what_is_no_listing_tells_nothing(text: str) -> None:
     with pytest.raises(SlurmUnavailable):
         read_listing(text, now=NOW)
