@@ -64,6 +64,12 @@ def site() -> None:
     default=None,
     help="Whether sbatch works on compute nodes.  [default: left open]",
 )
+@click.option(
+    "--route",
+    type=click.Choice(["direct", "socks", "connect", "login"]),
+    help="How nodes reach the relay.  [default: direct]",
+)
+@click.option("--proxy", metavar="HOST:PORT", help="Of the routes socks and connect.")
 @click.option("--yes", is_flag=True, help="Ask nothing, take the defaults.")
 @click.option("--force", is_flag=True, help="Write over a file that exists.")
 @probe_options

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 GONE: Final = "gone"
 NEVER_JOINED: Final = "its pilot could not join"
-#: Pilots that found no relay for two minutes have told it by a launcher so long after it is back.
+#: Pilots that found no relay in time have told it by a launcher so long after it is back.
 _BACK_S: Final = 300.0
 #: An allocation that has ended leaves its job so much time to end by itself.
 _LEAVING_S: Final = 180.0

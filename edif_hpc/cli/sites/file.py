@@ -52,6 +52,8 @@ class Answers:
     compute_may_submit: bool | None
     kill_wait_s: int | None
     gpus: tuple[GpuEntry, ...]
+    route: str = "direct"
+    proxy: str | None = None
 
 
 def text_of(answers: Answers) -> str:
@@ -120,8 +122,8 @@ def _lines(a: Answers) -> Iterator[str]:
     yield _line("kill_wait_s", str(a.kill_wait_s) if a.kill_wait_s else None, "30")
     yield ""
     yield "# How nodes get out to the relay (docs/howto/routes.md): direct, socks, connect or login."
-    yield '# route = "direct"'
-    yield '# proxy = "proxy.example.org:3128"'
+    yield f"route = {_quoted(a.route)}"
+    yield _line("proxy", _quoted(a.proxy) if a.proxy else None, '"proxy.example.org:3128"')
     yield ""
     yield from _container(a.image)
     yield ""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, get_args
 
 import click
 
 from edif_hpc.cli.sites.file import Answers, GpuEntry
 from edif_hpc.errors import NotFound
 from edif_hpc.slurm.detect import Account, Cluster, GpuKind, Partition
+from edif_hpc.slurm.order import RouteKind
 
 NO_LIMIT_MIN: Final = 7 * 24 * 60
 _SHARE = 0.9  #: of a node's memory; the rest is the system's
@@ -56,7 +58,7 @@ def propose(cluster: Cluster, given: Mapping[str, Any], ask: Asker, *, home: str
     entries = tuple(_entries(cluster, given, account=account, qos=qos))
     if not entries:
         raise NotFound(f"{_asked(given)} are in no partition that we see; there are: {_kinds(cluster)}")  # fmt: skip
-    return Answers(
+    answers = Answers(
         name=name,
         cluster=f"{cluster.name or '?'} (Slurm {cluster.version or '?'})",
         state_dir=ask("state_dir", "Folder that login and compute nodes share", f"{home}/edif-hpc/state"),
@@ -69,6 +71,12 @@ def propose(cluster: Cluster, given: Mapping[str, Any], ask: Asker, *, home: str
         kill_wait_s=cluster.kill_wait_s,
         gpus=entries,
     )  # fmt: skip
+    ways = ", ".join(get_args(RouteKind))
+    route = ask("route", f"How compute nodes reach the relay ({ways})", answers.route)
+    proxy = given.get("proxy")
+    if route in {"socks", "connect"}:
+        proxy = ask("proxy", "That proxy, as HOST:PORT", "")
+    return replace(answers, route=route, proxy=proxy or None)
 
 
 def slug(text: str) -> str:

@@ -172,12 +172,31 @@ def test_init_asks(slurm: FakeSlurm, environ: dict[str, str], file: Path) -> Non
     from edif_hpc.cli.main import main
 
     answers = ["hpc", "", "", str(file.parent / "state"), "$SCRATCH", "", "", "", ""]
+    answers += ["connect", "proxy:3128"]
     result = CliRunner().invoke(
         main, ["site", "init"], env=environ, input="\n".join(answers) + "\n"
     )
     assert result.exit_code == Exit.OK, result.output
     assert "Fast folder of a compute node [/tmp]:" in result.stderr
-    assert load_site(file).scratch == "$SCRATCH"
+    site = load_site(file)
+    assert (site.scratch, site.route, site.proxy) == ("$SCRATCH", "connect", "proxy:3128")
+
+
+def test_init_takes_a_route(slurm: FakeSlurm, run: Callable[..., Any], file: Path) -> None:
+    assert run("site", "init", "hpc", "--yes", "--route", "login").exit_code in (
+        Exit.OK,
+        Exit.FAILED,
+    )
+    assert load_site(file).route == "login"
+
+
+def test_init_refuses_a_route_without_its_proxy(
+    slurm: FakeSlurm, run: Callable[..., Any], file: Path
+) -> None:
+    result = run("site", "init", "hpc", "--yes", "--route", "socks")
+    assert result.exit_code == Exit.SETTINGS
+    assert "the route 'socks' needs it, as HOST:PORT" in result.stderr
+    assert not file.exists()
 
 
 def test_init_names_the_flag_when_nobody_answers(
@@ -241,7 +260,7 @@ def made(run: Callable[..., Any], file: Path, old: str, new: str) -> None:
         ('partition = "a6000"', 'partition = "nope"', "a6000: partition", "there is no nope; there are: a6000, mi300x"),
         ('partition = "a6000"', 'partition = "nope"', "a6000: sbatch --test-only", "Invalid partition name specified"),
         ('gres = "gpu:a6000"', 'gres = "gpu:h100"', "a6000: partition", "a6000 has no gpu:h100; it has: gpu:a6000"),
-        ('# route = "direct"', 'route = "login"', "route login", "no forwarder is known"),
+        ('route = "direct"', 'route = "login"', "route login", "no forwarder is known"),
         ("# [container]\n#", '[container]\nimage = "/nope.sif"\n#', "image", "/nope.sif cannot be read here"),
     ],
 )  # fmt: skip
