@@ -45,7 +45,8 @@ import json, os, pathlib, signal, sys, time
 order, pilot, nonce = sys.argv[1:]
 folder = pathlib.Path(order).parent
 number = len(list(folder.glob("start-*"))) + 1
-(folder / f"start-{number}").write_text(json.dumps({"nonce": nonce, "pilot": int(pilot)}))
+(folder / "new").write_text(json.dumps({"nonce": nonce, "pilot": int(pilot)}))
+(folder / "new").rename(folder / f"start-{number}")  # whole, whenever it is read
 """
 
 
