@@ -266,7 +266,8 @@ def test_a_cluster_without_room_for_two(site: SlurmStack, sent: Sent) -> None:
     warm(site, 1)
     sent.send(seconds=1.0)
     generation(site, 2, reason=lambda reason: reason == "Resources")
-    assert site.slot()["why"].startswith("serves; generation 2 waits in the scheduler's queue")
+    waits = "serves; generation 2 waits in the scheduler's queue"
+    wait_until(lambda: site.slot()["why"].startswith(waits), SOON_S, "it is said so")
     warm(site, 2)
     assert generation(site, 1, ended_at=bool)["cause"] == "drained"
     sent.send(seconds=1.0)
