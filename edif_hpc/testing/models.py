@@ -103,34 +103,12 @@ def build_chat_llama(path: Path, *, words: Sequence[str]) -> Path:
 
 def build_tiny_bert(path: Path, *, words: Sequence[str]) -> Path:
     """Write a 2-layer, 64-wide BERT encoder, without a head."""
-    from transformers import BertConfig
-
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=POSITIONS,
-        pad_token_id=0,
-    )
-    return _write(path, config, words, kind="AutoModel")
+    return _write(path, _bert(), words, kind="AutoModel")
 
 
 def build_masked_bert(path: Path) -> Path:
     """Write a 2-layer, 64-wide BERT that fills masks; as many of its kind, it has no pooler."""
-    from transformers import BertConfig
-
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=POSITIONS,
-        pad_token_id=0,
-    )
-    return _write(path, config, kind="AutoModelForMaskedLM", mask_token=MASK_TOKEN)
+    return _write(path, _bert(), kind="AutoModelForMaskedLM", mask_token=MASK_TOKEN)
 
 
 def build_tiny_t5(path: Path) -> Path:
@@ -177,6 +155,20 @@ def gpt2_small_shape(path: Path) -> Path:
 
     config = GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     return _write(path, config)
+
+
+def _bert() -> PretrainedConfig:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+    )
 
 
 def _write(

@@ -27,7 +27,7 @@ from edif_hpc.slurm.order import read_pilot_order
 from edif_hpc.slurm.ordering import folder_of
 from edif_hpc.slurm.site import Container, Gpu, Site
 from edif_hpc.slurm.status import JobLine
-from edif_hpc.slurm.submit import Submission
+from edif_hpc.testing.submitter import FakeSubmitter
 
 NAME = "edif-gpt2-0-3-abcdef01"
 ORDER = {
@@ -73,16 +73,6 @@ class FakeScheduler:
 
 
 @dataclass
-class FakeSubmitter:
-    outcome: Callable[[], str] = lambda: "17"
-    taken: list[Submission] = field(default_factory=list)
-
-    def submit(self, submission: Submission) -> str:
-        self.taken.append(submission)
-        return self.outcome()
-
-
-@dataclass
 class Bench:
     launcher: Launcher
     relay: FakeRelay
@@ -109,7 +99,7 @@ def bench(tmp_path: Path) -> Bench:
         gpus={"a6000": gpu},
         container=image,
     )
-    relay, scheduler, submitter = FakeRelay(), FakeScheduler(), FakeSubmitter()
+    relay, scheduler, submitter = FakeRelay(), FakeScheduler(), FakeSubmitter(lambda: "17")
     launcher = Launcher(
         site=site, name="login1", relay=relay, scheduler=scheduler, submitter=submitter
     )

@@ -16,8 +16,8 @@ from edif_hpc.slurm.order import read_pilot_order
 from edif_hpc.slurm.ordering import Ordering
 from edif_hpc.slurm.site import Gpu, Site
 from edif_hpc.slurm.status import JobLine
-from edif_hpc.slurm.submit import Submission
 from edif_hpc.testing.clock import ManualClock
+from edif_hpc.testing.submitter import FakeSubmitter
 from edif_hpc.testing.wait import wait_until_async
 from edif_hpc.wire import messages as m
 
@@ -51,16 +51,6 @@ class FakeRelay:
             self.deaf -= 1
             return None
         return m.Order(reason=m.HEARD)
-
-
-@dataclass
-class FakeSubmitter:
-    outcome: Callable[[], str] = lambda: "18"
-    taken: list[Submission] = field(default_factory=list)
-
-    def submit(self, submission: Submission) -> str:
-        self.taken.append(submission)
-        return self.outcome()
 
 
 @dataclass
@@ -100,7 +90,7 @@ def bench(tmp_path: Path) -> Bench:
         scratch="/scratch",
         gpus={"a6000": gpu},
     )
-    relay, submitter, scheduler = FakeRelay(), FakeSubmitter(), FakeScheduler()
+    relay, submitter, scheduler = FakeRelay(), FakeSubmitter(lambda: "18"), FakeScheduler()
     ordering = Ordering(
         site=site,
         relay_url="https://relay",
