@@ -19,6 +19,9 @@ from edif_hpc.testing.wait import wait_until
 
 SILENCE_S = 5.0
 LASTS_S = 12.0
+AT_ONCE = (
+    "next; a worker takes it now"  # between the end of one run and the next, if a line falls there
+)
 
 
 class Ear:
@@ -73,21 +76,23 @@ def test_behind_a_long_run_and_in_one(noop: Stack) -> None:
         assert ear.until_ended(mine).status == "COMPLETED"
     assert ear.longest_silence_s < SILENCE_S
     unknown = "next, behind 1 request of 1 person; start unknown, no run has ended yet"
-    assert ear.lines("QUEUED") == [unknown]
+    assert ear.lines("QUEUED")[0] == unknown
+    assert set(ear.lines("QUEUED")) <= {unknown, AT_ONCE}
     assert (explained["state"], explained["why"], explained["position"]) == ("QUEUED", unknown, 1)
     runs = ear.lines("RUNNING")
     assert len(runs) >= LASTS_S // SILENCE_S
     assert all(each.startswith("runs on tiny/0 (") for each in runs)
     assert not any("ada" in each.description for _, each in ear.heard)
 
-    second = ada.send(Task(name="second", seconds=3.0).blob())
+    second = ada.send(Task(name="second", seconds=LASTS_S).blob())
     running(ada, second)
     with bob.subscribe() as session:
         ear = Ear(session)
         assert ear.until_ended(session.send(Task(name="known").blob())).status == "COMPLETED"
+    known = ear.lines("QUEUED")
+    assert known[0].startswith("next, about ")
     assert all(
-        each.startswith("next, about ") and each.endswith("s ahead of you: 1 request of 1 person")
-        for each in ear.lines("QUEUED")
+        each.endswith("s ahead of you: 1 request of 1 person") or each == AT_ONCE for each in known
     )
 
 
