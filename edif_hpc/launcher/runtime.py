@@ -1,6 +1,6 @@
 """The launcher: carries out a relay's orders at the scheduler of one site.
 
-One *round* lists our jobs, tells the relay, fetches what is to be cancelled and submitted, does it, and says what came of it. It
+One *round* lists our jobs, tells the relay, fetches what is to be cancelled, submitted and read, does it, and says what came of it. It
 decides nothing and keeps nothing: all that must be remembered is in the relay's rows and in Slurm's job names, so it may be
 killed at any point, run from cron, or run twice. What an interrupted round leaves behind is one of these:
 
@@ -24,8 +24,9 @@ import msgspec
 
 from edif_hpc.errors import LaunchError, SlurmUnavailable, SubmitRefused, SubmitUnknown
 from edif_hpc.failpoints import Failpoints
+from edif_hpc.slurm.logs import tail
 from edif_hpc.slurm.order import WORKER
-from edif_hpc.slurm.ordering import Ordering, Ticket
+from edif_hpc.slurm.ordering import Ordering, Ticket, folder_of
 from edif_hpc.slurm.site import Site
 from edif_hpc.slurm.status import JobLine
 from edif_hpc.slurm.submit import Submitter, check_folder
@@ -37,6 +38,7 @@ AT_A_TIME = 4
 #: What a file system says that knows no locks, such as Lustre's without the mount option.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _WORDS = 4000  #: of what a scheduler said, as much as the relay is told
+_LOG_LINES, _LOG_WORDS = 8, 1500  #: the same of a log
 
 
 class Relay(Protocol):
@@ -110,10 +112,13 @@ class Launcher:
         forget_words(self.site.state_dir, words)
         asked = {"site": self.site.name, "launcher": self.name, "limit": self._room(jobs)}
         for order in self.relay.post("/api/launcher/orders", asked)["orders"]:
-            if order["kind"] == "cancel":
-                self._cancel(order, jobs or [], done)
-            else:
-                self._submit(order, done)
+            match order["kind"]:
+                case "cancel":
+                    self._cancel(order, jobs or [], done)
+                case "words":
+                    self._read(order)
+                case _:
+                    self._submit(order, done)
         return done
 
     @property
@@ -172,6 +177,12 @@ class Launcher:
             return
         done.cancelled.append(order["name"])
         self._report(cancelled=[order["allocation"]])
+
+    def _read(self, order: dict[str, Any]) -> None:
+        """Tell how the log of a job ends that is in no listing any more; nothing, if there is no log."""
+        lines = tail(folder_of(self.site, order["name"]), _LOG_LINES, order["job_id"])
+        words = "\n".join(lines)[-_LOG_WORDS:]
+        self._report(words=[{"allocation": order["allocation"], "detail": words}])
 
     def _report(
         self, *, jobs: Sequence[JobLine] | None = None, detail: str = "", **more: Any

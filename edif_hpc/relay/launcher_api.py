@@ -61,6 +61,13 @@ class Unheard(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     detail: Detail = ""
 
 
+class Words(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the log of an allocation ends, whose job the scheduler does not show any more."""
+
+    allocation: Word
+    detail: Detail = ""
+
+
 class Report(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a launcher did and saw. `jobs` is one full, successful listing, or null."""
 
@@ -70,6 +77,7 @@ class Report(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     refused: Annotated[list[Refused], Meta(max_length=100)] = []
     cancelled: Annotated[list[Word], Meta(max_length=1000)] = []
     unheard: Annotated[list[Unheard], Meta(max_length=100)] = []
+    words: Annotated[list[Words], Meta(max_length=100)] = []
     jobs: Annotated[list[JobLine], Meta(max_length=MAX_LISTED)] | None = None
     detail: Detail = ""
 
@@ -115,6 +123,7 @@ class LauncherApi:
             refused=[(each.allocation, each.kind, each.detail) for each in told.refused],
             cancelled=told.cancelled,
             unheard=[(each.name, each.node, each.detail) for each in told.unheard],
+            words=[(each.allocation, each.detail) for each in told.words],
             jobs=told.jobs,
             detail=told.detail,
         )

@@ -58,6 +58,8 @@ class Orders:
     launchers: dict[str, tuple[str, float]] = field(default_factory=dict)
     _strays: dict[tuple[str, str], tuple[Allocation, str]] = field(default_factory=dict)
     _refused: dict[str, _Refusals] = field(default_factory=dict)
+    #: How the log ends of one whose job was missed in a listing.
+    _words: dict[str, str] = field(default_factory=dict)
     _began: float = field(init=False)  # wall
 
     def __post_init__(self) -> None:
@@ -69,7 +71,8 @@ class Orders:
         """What a launcher is to cancel and to submit now; it holds the orders of the latter."""
         self.launchers[site] = (launcher, self.clock.monotonic())
         self._refused = {k: e for k, e in self._refused.items() if self.roll.allocation(k)}
-        out = self._cancel_orders(site)
+        self._words = {k: e for k, e in self._words.items() if self.roll.allocation(k)}
+        out = self._cancel_orders(site) + self._word_orders(site)
         orders = [each for each in self._orders_of(site) if self._available(each, launcher)]
         for order in orders[:limit]:
             taken = await self._take(order, launcher)
@@ -88,12 +91,14 @@ class Orders:
         cancelled: list[str],
         jobs: list[JobLine] | None,
         unheard: list[tuple[str, str, str]] | None = None,
+        words: list[tuple[str, str]] | None = None,
         detail: str = "",
     ) -> None:
         """What a launcher did and saw. `jobs` None: the scheduler could not be asked, so nothing is known."""
         self.launchers[site] = (launcher, self.clock.monotonic())
-        for name, node, words in unheard or []:  # before their jobs are only found to be over
-            await self._never_joined(site, name, node, words)
+        for name, node, said in unheard or []:  # before their jobs are only found to be over
+            await self._never_joined(site, name, node, said)
+        self._words |= {key: said for key, said in words or [] if self.roll.allocation(key)}
         if jobs is not None:  # before what follows: it was taken before that
             await self._listed(site, launcher, jobs)
         if detail:
@@ -242,7 +247,8 @@ class Orders:
         """Its job is over, by proof; a pilot that speaks says how it ends."""
         if self.roll.silence_s(row.id, now) < self.silent_s:
             return
-        words = f"{detail} (job {row.job_id})"
+        said = self._words.get(row.id, "")
+        words = f"{detail} (job {row.job_id})" + (f"; its log ends:\n{said}" if said else "")
         node = self.jobs.of(row.id).node if row.node is None else None
         await self.roll.end(row.id, cause=GONE, detail=words, node=node)
 
@@ -338,6 +344,19 @@ class Orders:
             }
             for row, job_id, why in [*wanted, *strays]
             if row.site == site and job_id is not None
+        ]
+
+    def _word_orders(self, site: str) -> list[dict[str, Any]]:
+        """Logs to be read, before allocations are found to be gone whose pilots never said why."""
+        now = self.clock.monotonic()
+        return [
+            {"kind": "words", "allocation": row.id, "name": row.name, "job_id": row.job_id}
+            for row in self.roll.live()
+            if row.site == site
+            and row.job_id is not None
+            and row.id not in self._words
+            and self.jobs.of(row.id).missed
+            and self.roll.silence_s(row.id, now) >= self.silent_s
         ]
 
     def _stray(self, row: Allocation, job_id: str, why: str) -> None:

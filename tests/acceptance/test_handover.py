@@ -235,6 +235,15 @@ def test_a_walltime_above_the_sites_limit(site: SlurmStack) -> None:
     warm(site, 2)
 
 
+def test_a_job_that_dies_before_any_of_our_code(site: SlurmStack) -> None:
+    """Its log is all that knows why, and the launcher reads it."""
+    site.start_launcher(site=msgspec.structs.replace(site.site, python="/nowhere/python"))
+    site.up(slots=1, walltime_min=2)
+    gone = generation(site, 1, ended_at=bool)
+    assert gone["cause"] == "gone"
+    assert "/nowhere/python" in gone["detail"]
+
+
 def test_a_limit_of_one_running_job(site: SlurmStack, sent: Sent) -> None:
     """The successor cannot start beside the old one: that leaves when no usual request fits any more, and says so."""
     facts = site.site

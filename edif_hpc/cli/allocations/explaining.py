@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from edif_hpc.cli.allocations.logs import follow, log_of, read_end
+from edif_hpc.cli.allocations.logs import follow
 from edif_hpc.cli.allocations.place import Folders
 from edif_hpc.cli.allocations.targets import deployed, must_be_deployed, processes
 from edif_hpc.cli.api import Api, part
 from edif_hpc.cli.context import Context
 from edif_hpc.cli.show import duration, moment
 from edif_hpc.errors import InvalidInput, NotFound
+from edif_hpc.slurm.logs import log_of, read_end
 
 Slot = dict[str, Any]
 SILENT_S = 180.0

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from edif_hpc.cli.allocations.local import SITE, LocalSite
-from edif_hpc.cli.allocations.logs import log_of
 from edif_hpc.cli.allocations.targets import Line, must_be_deployed, processes
 from edif_hpc.cli.allocations.up_at_site import raise_at, raise_from_afar
 from edif_hpc.cli.allocations.up_here import bring_up, local_folder, local_site
 from edif_hpc.cli.context import Context
 from edif_hpc.cli.site import find_site, site_files
 from edif_hpc.errors import NotFound, SettingsError
+from edif_hpc.slurm.logs import log_of
 from edif_hpc.slurm.ordering import folder_of
 from edif_hpc.slurm.site import Site, load_site
 

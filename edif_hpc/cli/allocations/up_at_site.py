@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import click
 
-from edif_hpc.cli.allocations.logs import tail
 from edif_hpc.cli.allocations.rounds import Rounds, has_sbatch
 from edif_hpc.cli.allocations.targets import Line, add_if_new, deployed, processes, slot_of
 from edif_hpc.cli.allocations.words import standing
@@ -25,6 +24,7 @@ from edif_hpc.cli.show import Progress, duration
 from edif_hpc.cli.sites.checks import must_be_taken
 from edif_hpc.cli.watch import watch
 from edif_hpc.errors import Conflict, LaunchError, NotFound, Unavailable
+from edif_hpc.slurm.logs import tail
 from edif_hpc.slurm.ordering import folder_of
 from edif_hpc.slurm.site import Site
 

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edif_hpc.cli.allocations.logs import tail
 from edif_hpc.cli.show import Progress, duration
 from edif_hpc.cli.sites.checks import advice
 from edif_hpc.cli.watch import watch
@@ -21,6 +20,7 @@ from edif_hpc.domain.pending import understand
 from edif_hpc.errors import LaunchError, SlurmUnavailable, SubmitRefused
 from edif_hpc.slurm.commands import Run
 from edif_hpc.slurm.finding import Finding, fail
+from edif_hpc.slurm.logs import tail
 from edif_hpc.slurm.probe import (
     MODULE,
     RESULT,

@@ -304,3 +304,15 @@ def test_the_daemon_ends_when_its_token_is_not_good_any_more(bench: Bench) -> No
     bench.relay.failing = [NotAuthenticated("revoked")]
     with pytest.raises(NotAuthenticated):
         serve(bench.launcher, interval_s=0.01, tell=lambda _: None, stop=threading.Event())
+
+
+def test_it_reads_the_log_of_a_job_that_is_gone(bench: Bench) -> None:
+    folder = folder_of(bench.launcher.site, NAME)
+    folder.mkdir(parents=True)
+    (folder / "77_0_log.out").write_text("".join(f"line {n}\n" for n in range(20)))
+    order = {"kind": "words", "allocation": "abcdef0123456789", "name": NAME}
+    bench.relay.orders = [order | {"job_id": "77"}, order | {"job_id": "78"}]
+    bench.launcher.round()
+    said = [each["words"] for each in bench.relay.reports if "words" in each]
+    lines = "\n".join(f"line {n}" for n in range(12, 20))
+    assert [each["detail"] for (each,) in said] == [lines, ""]

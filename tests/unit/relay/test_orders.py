@@ -171,6 +171,32 @@ async def test_gone_needs_two_listings_and_a_silent_pilot(relay: SlotRelay) -> N
     assert "77" in row.detail
 
 
+async def test_the_log_says_why_a_job_is_gone_that_never_spoke(relay: SlotRelay) -> None:
+    order = await submitted(relay)
+    assert not await fetch(relay, kind="words")
+    await relay.report(jobs=[])
+    wanted = {key: order[key] for key in ("allocation", "name")} | {
+        "kind": "words",
+        "job_id": "77",
+    }
+    assert await fetch(relay, kind="words") == [wanted]
+    await relay.report(words=[(order["allocation"], "python3: command not found")])
+    assert not await fetch(relay, kind="words"), "it is asked once"
+    assert relay.row(order["allocation"]).state is A.SUBMITTED, "a log is no proof of an end"
+    relay.clock.advance(LISTINGS_APART_S)
+    await relay.report(jobs=[])
+    row = relay.row(order["allocation"])
+    assert row.cause == GONE
+    assert row.detail.endswith("(job 77); its log ends:\npython3: command not found")
+
+
+async def test_no_log_is_asked_for_while_the_pilot_speaks(relay: SlotRelay) -> None:
+    order = await submitted(relay)
+    await relay.runs(order)
+    await relay.report(jobs=[])
+    assert not await fetch(relay, kind="words")
+
+
 async def test_a_pilot_that_speaks_is_not_gone(relay: SlotRelay) -> None:
     order = await submitted(relay)
     await relay.runs(order)

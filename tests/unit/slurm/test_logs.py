@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edif_hpc.cli.allocations.logs import follow, log_of, read_end, tail
+from edif_hpc.cli.allocations.logs import follow
+from edif_hpc.slurm.logs import log_of, read_end, tail
 
 
 def test_the_newest_log(tmp_path: Path) -> None:
@@ -14,6 +15,8 @@ def test_the_newest_log(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (number, number))
     (tmp_path / "10_submission.sh").touch()
     assert log_of(tmp_path) == tmp_path / "10_0_log.out"
+    assert log_of(tmp_path, "9") == tmp_path / "9_0_log.out"
+    assert log_of(tmp_path, "0") is None
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
