@@ -7,6 +7,7 @@ network: the hub's address points at a closed port unless a test asks for `loopb
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,13 @@ CLOSED_PORT = "http://127.0.0.1:9"
 for variable in [name for name in os.environ if name.startswith(FOREIGN)]:
     del os.environ[variable]
 os.environ["HF_ENDPOINT"] = CLOSED_PORT
+# Started in the background, or by nohup, we ignore these, and so would all that tests start to send them to.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, lambda *_: None),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # A deadline per example would time the machine, which other work may share.
 hypothesis.settings.register_profile("edif", deadline=None, print_blob=True)
