@@ -7,10 +7,13 @@
     │   ├── NotAuthenticated    no token, or one that is unknown, revoked, expired   (401)
     │   ├── NotFound            nothing of that name is visible to the caller        (404)
     │   ├── Conflict            the name is taken, or the state forbids it           (409)
-    │   └── TooLarge            more bytes than the limit                            (413)
+    │   ├── TooLarge            more bytes than the limit                            (413)
+    │   └── TooSlow             what was announced does not come                     (408)
     ├── Unavailable             we cannot do it now; nothing was changed             (503)
+    │   ├── TooMany             more, or more often, than the limit                  (429)
     │   ├── StoreUnavailable    a commit failed: disk full, read-only, corrupt
     │   └── SlurmUnavailable    Slurm did not answer, so nothing is known about any job
+    ├── OverLimit               a request used more than it may
     ├── TransitionRefused       the table of states does not list it; nothing changed
     │   └── StaleAttempt        a write by an attempt that no longer holds the lease
     ├── ProtocolError           a peer's message is malformed, too large or out of turn
@@ -30,7 +33,8 @@ the text.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 RefusalKind = Literal["retry", "config", "quota"]
 
@@ -95,11 +99,29 @@ class TooLarge(InvalidInput):
     http_status = 413
 
 
+class TooSlow(InvalidInput):
+    """The head or the body of a request does not come, or comes in a trickle."""
+
+    code = "too_slow"
+    http_status = 408
+
+
 class Unavailable(EdifError):
     """The service cannot do this now; nothing was changed and a retry may succeed."""
 
     code = "unavailable"
     http_status = 503
+
+
+class TooMany(Unavailable):
+    """More, or more often, than the limit allows. After `retry_s` it may be asked again, if that is known."""
+
+    code = "too_many"
+    http_status = 429
+
+    def __init__(self, message: str, *, retry_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class StoreUnavailable(Unavailable):
@@ -121,6 +143,16 @@ class SlurmUnavailable(Unavailable):
     """Slurm did not answer, or not with sense. What it would have said is unknown: no job is gone because of it."""
 
     code = "slurm_unavailable"
+
+
+class OverLimit(EdifError):
+    """A request used more than it may; `details` name the limit, its value and who set it."""
+
+    code = "over_limit"
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class TransitionRefused(EdifError):

@@ -1,17 +1,56 @@
-"""How things are shown: tables for people, JSON for programs, a line of progress for those who wait."""
+"""How things are shown: tables for people, JSON for programs, a line of progress for those who wait.
+
+Most of what is shown was written by others: researchers, workers, schedulers. All that a command writes passes `Plain`, so no
+text of theirs moves the cursor, changes the title of a terminal or hides a line; there is no other way out (`plainly`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
+from edif_hpc.telemetry import one_line, printable
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+_COLOURS = re.compile(
+    "(\x1b\\[(?:0|1|36)m)"
+)  # bold, cyan, and their end: all that we use ourselves
+
+
+class Plain:
+    """A stream that shows control characters instead of sending them; `raw` is the one beneath."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.raw = stream
+
+    def write(self, text: str) -> int:
+        """Write it, harmless."""
+        parts = _COLOURS.split(text)
+        parts[::2] = map(printable, parts[::2])
+        self.raw.write("".join(parts))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Let everything that is written meanwhile pass `Plain`."""
+    with (
+        contextlib.redirect_stdout(Plain(sys.stdout)),
+        contextlib.redirect_stderr(Plain(sys.stderr)),
+    ):
+        yield
 
 
 def talking(*, as_json: bool) -> contextlib.AbstractContextManager[Any]:
@@ -26,7 +65,7 @@ def print_json(value: Any) -> None:
 
 def listing(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, none: str) -> None:
     """Print a table of these columns; `none` if there are no rows."""
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[one_line(_cell(row.get(column))) for column in columns] for row in rows]
     if not cells:
         click.echo(none)
         return
@@ -40,7 +79,8 @@ def facts(values: Mapping[str, Any]) -> None:
     """Print names and values, one a line."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        click.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+        indented = _cell(value).replace("\n", "\n" + " " * (width + 2))
+        click.echo(f"{name.replace('_', ' '):<{width}}  {indented}")
 
 
 def moment(at: float | None) -> str | None:
@@ -74,6 +114,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._shown = ""
+        self._terminal = sys.stderr.raw if isinstance(sys.stderr, Plain) else sys.stderr
         self._rewrite = sys.stderr.isatty()
 
     def tell(self, text: str, *, passing: bool = False) -> None:
@@ -81,7 +122,10 @@ class Progress:
         if text == self._shown or (passing and not self._rewrite):
             return
         self._shown = text
-        click.echo(f"\r\x1b[K{text}" if self._rewrite else text, err=True, nl=not self._rewrite)
+        if self._rewrite:
+            click.echo(f"\r\x1b[K{printable(one_line(text))}", file=self._terminal, nl=False)
+        else:
+            click.echo(text, err=True)
 
     def end(self) -> None:
         """Leave the line."""

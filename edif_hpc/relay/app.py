@@ -28,6 +28,7 @@ from edif_hpc.relay import http
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.broker import Broker
 from edif_hpc.relay.core import Core
+from edif_hpc.relay.door import raise_descriptor_limit
 from edif_hpc.relay.fleet import Fleet
 from edif_hpc.relay.launcher_api import LauncherApi
 from edif_hpc.relay.object_store import open_objects
@@ -128,6 +129,7 @@ class Relay:
     async def run(self) -> None:
         """Serve until `stop`; raises what made it impossible."""
         sys.setswitchinterval(SWITCH_S)
+        raise_descriptor_limit()
         settings, clock, failpoints = self._settings, self._clock, self._failpoints
         keys, signer = self._secrets()
         store = SqliteStore(self._data.database, failpoints)

@@ -31,7 +31,7 @@ from edif_hpc.relay.uploads import to_the_end
 PIECE_BYTES = 1 << 20
 _MAX_PIECES = 512  # of one write; the kernel takes 1024
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
+_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})", re.ASCII)
 _MEDIA_TYPE = "application/octet-stream"
 
 

@@ -1,19 +1,13 @@
 """The relay's HTTP application, and the server that runs it inside the relay's one event loop.
 
-`Edge` lies around all routes and holds what is true of every exchange: security headers, no traceback for a client, and
-a refusal that arrives. The last is not free: a client that is told "too large" is still sending, and closing a socket
-with unread bytes resets it, so the answer is lost. The edge therefore answers at once, reads on for a while, and
-only then closes.
-
-Connections stay open for days, so pings keep NATs open and TCP keepalive finds dead peers; a missing pong means
-nothing (see `client_api`).
+Around all routes lie the edge (what is true of every answer) and the gate (how often who may ask); before them, the door and
+its guards (what a connection may do). Connections stay open for days, so pings keep NATs open and TCP keepalive finds dead
+peers; a missing pong means nothing (see `client_api`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,46 +16,49 @@ from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edif_hpc.clock import Clock
 from edif_hpc.errors import EdifError, SettingsError
 from edif_hpc.objects.base import ObjectStore
 from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.objects.signing import Signer
-from edif_hpc.relay import client_api, files, hub, hub_api, launcher_api, operator_api
+from edif_hpc.relay import (
+    client_api,
+    files,
+    hub,
+    hub_api,
+    launcher_api,
+    operator_api,
+    surroundings,
+)
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.answers import Json, refusal
+from edif_hpc.relay.door import Door
+from edif_hpc.relay.edge import Edge
+from edif_hpc.relay.gate import Gate
+from edif_hpc.relay.guard import MAX_MESSAGE_BYTES, GuardedHttp, GuardedWebSocket, Terms, Visit
 from edif_hpc.relay.hub_catalog import Catalog, Patterns
 from edif_hpc.relay.hub_shelf import Shelf
+from edif_hpc.relay.limiting import Lives, RequestLimits
 from edif_hpc.relay.sessions import Sessions
 from edif_hpc.settings import RelaySettings
-
-_log = logging.getLogger(__name__)
 
 LINGER_S = 30.0
 _GRACE_S = 5
 _KEEPALIVE_S = 60
-_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-}
+_UNACKNOWLEDGED_MS = 900_000
 
 
 class Broker(client_api.Broker, operator_api.Broker, files.Broker, Protocol):
     """All that the routes ask of the broker."""
 
 
-class Fleet(client_api.Fleet, operator_api.Fleet, Protocol):
+class Fleet(client_api.Fleet, operator_api.Fleet, surroundings.Fleet, Lives, Protocol):
     """All that the routes ask of the fleet."""
 
 
@@ -84,12 +81,14 @@ class Deps:
 
 def build_app(deps: Deps, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
     """The application; `extra_routes` are pages that the caller composes with it."""
+    limits = RequestLimits(settings=deps.settings, fleet=deps.fleet)
     client = client_api.ClientApi(
         broker=deps.broker,
         fleet=deps.fleet,
         accounts=deps.accounts,
         sessions=deps.sessions,
         blobs=deps.blobs,
+        limits=limits,
         settings=deps.settings,
         clock=deps.clock,
     )
@@ -98,6 +97,7 @@ def build_app(deps: Deps, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlett
         fleet=deps.fleet,
         accounts=deps.accounts,
         sessions=deps.sessions,
+        limits=limits,
         public_url=deps.settings.public_url,
     )
     links = files.Files(
@@ -107,16 +107,21 @@ def build_app(deps: Deps, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlett
         signer=deps.signer,
         clock=deps.clock,
     )
+    around = surroundings.Surroundings(fleet=deps.fleet, accounts=deps.accounts, limits=limits)
     return Starlette(
         routes=[
             *client.routes(),
             *_hub_routes(deps),
+            *around.routes(),
             *(deps.launching.routes() if deps.launching is not None else ()),
             *operator.routes(),
             *links.routes(),
             *extra_routes,
         ],
-        middleware=[Middleware(Edge, linger_s=deps.linger_s)],
+        middleware=[
+            Middleware(Edge, linger_s=deps.linger_s),
+            Middleware(Gate, settings=deps.settings, clock=deps.clock, accounts=deps.accounts),
+        ],
         exception_handlers={EdifError: _on_refusal, HTTPException: _on_http_exception},
     )
 
@@ -143,86 +148,6 @@ def _hub_routes(deps: Deps) -> list[BaseRoute]:
     return [*shown.routes(), *api.routes()]
 
 
-class Edge:
-    """The outermost layer; see the module's text."""
-
-    def __init__(self, app: ASGIApp, *, linger_s: float) -> None:
-        self._app, self._linger_s = app, linger_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Carry one exchange."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        exchange = _Exchange(scope, receive, send, self._linger_s)
-        try:
-            await self._app(scope, exchange.receive, exchange.send)
-        except ClientDisconnect:
-            _log.info("a client left early", extra={"event": "client_left", "path": scope["path"]})
-        except Exception:
-            report = secrets.token_hex(4)
-            _log.exception(
-                "unexpected error",
-                extra={"event": "http_error", "report": report, "path": scope["path"]},
-            )
-            if exchange.started:
-                raise  # the server cuts the connection: half an answer must not look whole
-            detail = f"the relay failed; tell its operator about report {report}"
-            answer = Json({"detail": detail, "code": "internal"}, status_code=500)
-            await answer(scope, exchange.receive, exchange.send)
-
-
-class _Exchange:
-    """One request and its answer, as they pass the edge."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, linger_s: float) -> None:
-        headers = Headers(scope=scope)
-        self._receive, self._send, self._linger_s = receive, send, linger_s
-        self._secure = scope["scheme"] == "https"
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        # Who waits for "100 Continue" has not begun to send, and asking to receive would invite them.
-        self._waits = "expect" in headers
-        self._lingers = False
-        self.started = False
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._waits = False
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            self._unread = False
-        return message
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            self._add_headers(message)
-        elif self._lingers and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
-            await self._drain()
-            message = {"type": "http.response.body", "body": b""}
-        await self._send(message)
-
-    def _add_headers(self, message: Message) -> None:
-        message.setdefault("headers", [])
-        headers = MutableHeaders(raw=message["headers"])
-        for name, value in _HEADERS.items():
-            headers.setdefault(name, value)
-        if self._secure:
-            headers.setdefault("strict-transport-security", "max-age=31536000")
-        if self._unread:
-            headers["connection"] = "close"
-            self._lingers = not self._waits
-        message["headers"] = headers.raw
-
-    async def _drain(self) -> None:
-        try:
-            async with asyncio.timeout(self._linger_s):
-                while self._unread:
-                    await self.receive()
-        except TimeoutError:
-            _log.info("a refused client went on sending", extra={"event": "linger_ended"})
-
-
 class Server(uvicorn.Server):
     """The HTTP server. It listens from its construction on; signals stay the caller's."""
 
@@ -232,25 +157,28 @@ class Server(uvicorn.Server):
         self.ready = asyncio.Event()
         config = uvicorn.Config(
             app,
-            http="httptools",
-            ws="websockets-sansio",
+            http=GuardedHttp,
+            ws=GuardedWebSocket,
             ws_ping_interval=settings.ws_ping_interval_s,
             ws_ping_timeout=None,
-            ws_max_size=64 << 10,  # clients say nothing
+            ws_max_size=MAX_MESSAGE_BYTES,  # clients say nothing
             ws_per_message_deflate=False,
             lifespan="off",
             server_header=False,
             access_log=False,
             log_config=None,
-            proxy_headers=settings.behind_proxy,
-            forwarded_allow_ips="*",
+            log_level="error",  # it warns of each malformed request; the door counts them
+            proxy_headers=False,  # the gate reads them
             timeout_graceful_shutdown=_GRACE_S,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
         )
         super().__init__(config)
+        self._settings = settings
+        self._accepting: asyncio.Task[None] | None = None
         try:
             config.load()
+            self.door = Door(self._socket, settings, self._protocol, config.ssl)
         except OSError as error:  # also what ssl raises
             self._socket.close()
             raise SettingsError(
@@ -270,17 +198,38 @@ class Server(uvicorn.Server):
         return f"{self._scheme}://{host}:{self.port}"
 
     async def run_until_stopped(self) -> None:
-        """Serve until `stop` is called."""
+        """Serve until `stop` is called; raises what ended it otherwise."""
         await self.serve(sockets=[self._socket])
+        if self._accepting is not None and not self._accepting.cancelled():
+            self._accepting.result()
 
     def stop(self) -> None:
         """Finish what is under way, close the connections, and return from `run_until_stopped`."""
         self.should_exit = True
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept."""
-        await super().startup(sockets)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - we have it
+        """Begin to accept, by a door of our own instead of asyncio's server."""
+        self.servers = []
+        self._accepting = asyncio.create_task(self.door.run(), name="door")
+        self._accepting.add_done_callback(lambda _: self.stop())
+        self.started = True
         self.ready.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and end what is under way."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait({self._accepting})
+        await super().shutdown(sockets)
+
+    def _protocol(self, visit: Visit, terms: Terms) -> asyncio.Protocol:
+        return GuardedHttp(
+            visit=visit,
+            terms=terms,
+            config=self.config,
+            server_state=self.server_state,
+            app_state={},
+        )
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -307,6 +256,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_S // 3)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    # What a client does not take is dropped in the end, also after we have closed; a line that is away for minutes is not.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
     return listener
 
 

@@ -2,16 +2,17 @@
 
 A session belongs to the token that opened it; a request that names it must come from the same token. What happens to a
 request becomes an `Update`, put into its session's queue and sent by the WebSocket's own task. Status updates that
-only differ in their text replace each other while they wait, so a slow reader gets the newest and no queue grows;
-LOG lines and ends are never dropped.
+only differ in their text replace each other while they wait, so a slow reader gets the newest. LOG lines and ends are
+never dropped; a client that leaves too many of them unread loses its connection instead, and fetches its results later.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,10 @@ from edif_hpc.domain.request import TERMINAL
 from edif_hpc.errors import NotFound
 
 LOG = "LOG"
+MAX_UNREAD_BYTES = 64 << 20
+_FRAME_BYTES = 500  # of an update, beside its text and data
+
+_log = logging.getLogger(__name__)
 _ENDS = frozenset(str(state) for state in TERMINAL)
 
 
@@ -33,6 +38,12 @@ class Update:
     data: bytes | str | None = None
 
     @property
+    def size_bytes(self) -> int:
+        """About what it takes in memory."""
+        data = len(self.data) if self.data is not None else 0
+        return _FRAME_BYTES + len(self.description) + data
+
+    @property
     def final(self) -> bool:
         """Whether it ends the request."""
         return self.status in _ENDS
@@ -40,13 +51,15 @@ class Update:
 
 @dataclass(kw_only=True, eq=False)
 class Session:
-    """One open WebSocket. `base_url` is how its client reaches the relay."""
+    """One open WebSocket. `base_url` is how its client reaches the relay; `on_overflow` cuts the connection."""
 
     id: str
     owner: str
     base_url: str
     requests: set[str] = field(default_factory=set)
     closed: bool = False
+    on_overflow: Callable[[], object] = lambda: None
+    _unread_bytes: int = 0
     _waiting: deque[Update] = field(default_factory=deque)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -55,16 +68,30 @@ class Session:
         if self.closed:
             return
         if self._waiting and self._replaces(update, self._waiting[-1]):
-            self._waiting.pop()
+            self._unread_bytes -= self._waiting.pop().size_bytes
         self._waiting.append(update)
+        self._unread_bytes += update.size_bytes
         self._wake.set()
+        if self._unread_bytes > MAX_UNREAD_BYTES:
+            self._overflow()
 
     async def next(self) -> Update:
         """Wait for the next update to send."""
         while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
-        return self._waiting.popleft()
+        update = self._waiting.popleft()
+        self._unread_bytes -= update.size_bytes
+        return update
+
+    def _overflow(self) -> None:
+        _log.warning(
+            "a client does not read what it is told; its connection ends",
+            extra={"event": "session_unread", "owner": self.owner, "bytes": self._unread_bytes},
+        )
+        self.closed = True
+        self._waiting.clear()
+        self.on_overflow()
 
     @staticmethod
     def _replaces(new: Update, old: Update) -> bool:

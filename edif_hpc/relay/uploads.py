@@ -40,6 +40,15 @@ class Upload:
     blob_sha256: str
 
 
+def told_bytes(request: Request, limit_bytes: int) -> int:
+    """The length of a body, if its client tells it; else 0. Raise `TooLarge` if it passes the limit."""
+    text = request.headers.get("content-length", "")
+    told = int(text) if text.isascii() and text.isdecimal() else 0
+    if told > limit_bytes + ENVELOPE_BYTES + _FRAMING_BYTES:
+        raise too_large(limit_bytes, told)
+    return told
+
+
 async def to_the_end(work: Callable[[], None]) -> None:
     """Run `work` in a thread, and return only when it is over, even if the caller is cancelled.
 
@@ -55,13 +64,10 @@ async def to_the_end(work: Callable[[], None]) -> None:
 
 @asynccontextmanager
 async def receive_upload(
-    request: Request, *, folder: BlobFolder, limit_bytes: int
+    request: Request, *, folder: BlobFolder, limit_bytes: int, room: Callable[[int], None]
 ) -> AsyncIterator[Upload]:
-    """Read the body; raise `TooLarge` as soon as it is known to pass the limit."""
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > limit_bytes + ENVELOPE_BYTES + _FRAMING_BYTES:
-        raise _too_large(limit_bytes, int(told))
-    spool = _Spool(folder)
+    """Read the body; raise `TooLarge` when it passes the limit, and what `room` raises when the disk is full."""
+    spool = _Spool(folder, room)
     try:
         form = _Form(_boundary(request), spool, limit_bytes)
         async for chunk in request.stream():
@@ -76,8 +82,8 @@ async def receive_upload(
 class _Spool:
     """The blob: in memory while it is small, else in a file."""
 
-    def __init__(self, folder: BlobFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: BlobFolder, room: Callable[[int], None]) -> None:
+        self._folder, self._room = folder, room
         self._pending = bytearray()
         self._hash = hashlib.sha256()
         self._path: Path | None = None
@@ -119,6 +125,7 @@ class _Spool:
         path = self._path = self._path or self._folder.temporary()
 
         def work() -> None:
+            self._room(len(pending))
             if self._file is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 self._file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0)
@@ -203,7 +210,7 @@ class _Form:
         if self._part == b"blob":
             self._spool.add(data[start:end])
             if self._spool.size_bytes > self._limit_bytes:
-                raise _too_large(self._limit_bytes, None)
+                raise too_large(self._limit_bytes, None)
         elif len(self._envelope) + end - start > ENVELOPE_BYTES:
             raise TooLarge(f"the envelope (form field data) has more than {ENVELOPE_BYTES} bytes")
         else:
@@ -226,9 +233,11 @@ def _boundary(request: Request) -> bytes:
     return boundary
 
 
-def _too_large(limit_bytes: int, told: int | None) -> TooLarge:
+def too_large(limit_bytes: int, told: int | None) -> TooLarge:
+    """What to say of a request above the limit."""
     shown = f"has {told} bytes" if told is not None else "is larger than allowed"
     return TooLarge(
-        f"the request {shown}; this relay accepts {limit_bytes}. Everything that the traced block uses is sent with "
-        "it: keep large tensors out of it, or make them inside the block. The operator can raise max_request_bytes"
+        f"the request {shown}; {limit_bytes} are accepted from you. Everything that the traced block uses is sent with "
+        "it: keep large tensors out of it, or make them inside the block. The operator can raise the limit (--max-request "
+        "of your token or the deployment, max_request_bytes of the relay)"
     )

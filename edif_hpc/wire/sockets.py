@@ -24,6 +24,7 @@ import zmq
 import zmq.utils.monitor
 import zmq.utils.z85
 
+from edif_hpc.domain.pacing import Rates
 from edif_hpc.errors import SettingsError
 from edif_hpc.wire.codec import MAX_PEER_FRAME_BYTES, MAX_RELAY_FRAME_BYTES
 
@@ -35,6 +36,9 @@ _DRAIN_BATCHES = 64
 _HWM = 4096
 _ZMTP_BEAT_MS = 10_000
 _KEEPALIVE_S = 60
+_BACKLOG = 1024
+#: A stranger's connection is closed after so long without a key that is known; a peer redials.
+HANDSHAKE_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +227,7 @@ class Router:
         keys: KeyPair,
         known: Callable[[str], bool],
         on_batch: Callable[[list[Incoming]], None],
+        handshake_s: float = HANDSHAKE_S,
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = _Gate(self._context, known)
@@ -230,11 +235,14 @@ class Router:
         _common(self._socket, MAX_PEER_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, int("[" in bind))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, int(handshake_s * 1000))
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
         self._socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
         self.refusals = 0
+        self._complaints = Rates(rate=1.0)
         self._on_batch = on_batch
         self._watch = _monitor(self._socket, self._saw)
         self._pump = _Pump(self._socket, self._receive)
@@ -298,10 +306,18 @@ class Router:
     def _saw(self, event: LinkEvent, endpoint: str) -> None:
         if event in (LinkEvent.REFUSED, LinkEvent.MISMATCH):
             self.refusals += 1
-            _log.warning(
-                "a peer's handshake failed",
-                extra={"event": "handshake_failed", "kind": str(event), "endpoint": endpoint},
-            )
+            # Strangers may knock as often as they like; the log has about a line a second for them.
+            told, _ = self._complaints.take(event, asyncio.get_running_loop().time())
+            if told:
+                _log.warning(
+                    "a peer's handshake failed",
+                    extra={
+                        "event": "handshake_failed",
+                        "kind": str(event),
+                        "endpoint": endpoint,
+                        "so_far": self.refusals,
+                    },
+                )
 
 
 class Dealer:

@@ -17,6 +17,7 @@ import pytest
 import uvloop
 
 from edif_hpc.domain.deployment import Deployment, ModelKey, find_deployment
+from edif_hpc.domain.limits import Allowed, checked
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import NewRequest, Request, RequestState, ResultRef
 from edif_hpc.errors import Conflict, NotAuthenticated, NotFound
@@ -25,6 +26,7 @@ from edif_hpc.objects.signing import Signer
 from edif_hpc.relay.accounts import Accounts
 from edif_hpc.relay.http import Deps, Server, build_app, serve
 from edif_hpc.relay.sessions import Session, Sessions, Update
+from edif_hpc.relay.surroundings import surroundings
 from edif_hpc.settings import RelaySettings
 from edif_hpc.testing.clock import ManualClock
 
@@ -54,6 +56,13 @@ class FakeWriter:
 
     def add_token(self, token: Token) -> None:
         self.rows[token.id] = token
+
+    def limit_token(self, token_id: str, change: Callable[[Allowed], Allowed]) -> Token:
+        if token_id not in self.rows:
+            raise NotFound(f"there is no token {token_id}")
+        old = self.rows[token_id]
+        self.rows[token_id] = replace(old, limits=change(old.limits))
+        return self.rows[token_id]
 
     def revoke_token(self, token_id: str, now: float) -> Token:
         if token_id not in self.rows:
@@ -108,6 +117,12 @@ class FakeBroker:
             result=ResultRef(size_bytes=size_bytes, key=data if isinstance(data, str) else None),
         )
         self.show(Update(request_id=request_id, status="COMPLETED"))
+
+    def holdings(self, owner: str) -> tuple[int, int]:
+        own = [
+            each for each in self.requests.values() if each.owner == owner and not each.terminal
+        ]
+        return len(own), sum(each.blob_bytes for each in own)
 
     async def view(self, request_id: str, base_url: str) -> tuple[Request, Update]:
         self.views += 1
@@ -183,6 +198,9 @@ class FakeFleet:
     def environment(self) -> dict[str, Any]:
         return {"python_version": "3.11.9", "packages": {"torch": "2.13.0"}}
 
+    def surroundings(self) -> list[dict[str, Any]]:
+        return surroundings(self.known, [])
+
     def processes(self) -> list[dict[str, Any]]:
         return [{"slot": "tiny-gpt2/0", "state": "warm"}]
 
@@ -197,6 +215,12 @@ class FakeFleet:
 
     async def scale(self, deployment: str, replicas: int) -> None:
         self.orders.append(("scale", deployment, replicas))
+
+    async def limit(self, deployment: str, change: Callable[[Allowed], Allowed]) -> Deployment:
+        old = next(each for each in self.known if each.name == deployment)
+        new = replace(old, limits=checked(change(old.limits)))
+        self.known = [new if each is old else each for each in self.known]
+        return new
 
     async def allocate(
         self, deployment: str, *, site: str, slots: int | None, **wishes: Any

@@ -169,3 +169,32 @@ def test_the_clients_words_for_a_refused_post(relay: Relay) -> None:
     backend = RemoteBackend("builtins.object:{}", host=relay.url, api_key=relay.researcher)
     with pytest.raises(RemoteError, match=r"Failed to send request: the model class"):
         trace(relay, backend)
+
+
+def test_who_is_over_a_rate_reads_why(start_relay: Callable[..., Relay]) -> None:
+    """The unmodified client shows the relay's sentence, of a request and of a connection for updates."""
+    relay = start_relay(request_rate=1, subscribe_rate=2, patience_s=0)
+    answer(relay, ("COMPLETED", saved(found=VALUE)))
+    for _ in range(10):
+        trace(relay)
+    with pytest.raises(
+        RemoteError, match=r"too many requests from your token: 1 a second .* \(request_rate\)"
+    ):
+        trace(relay)
+    for _ in range(9):
+        connection = websocket.create_connection(
+            relay.url.replace("http", "ws") + "/subscribe",
+            header={"ndif-api-key": relay.researcher},
+        )
+        connection.close()
+    with pytest.raises(websocket.WebSocketBadStatusException, match=r"\(subscribe_rate\)"):
+        trace(relay)
+
+
+def test_polls_are_never_refused(start_relay: Callable[..., Relay]) -> None:
+    relay = start_relay(poll_rate=1, poll_hold_s=0, patience_s=0)
+    backend = RemoteBackend(
+        relay.model_key, host=relay.url, api_key=relay.researcher, blocking=False
+    )
+    trace(relay, backend)
+    assert {backend() for _ in range(15)} == {None}

@@ -16,9 +16,11 @@ OPERATORS_ONLY = [
     ("POST", "/api/deployments", {"repo_id": "a/b"}),
     ("DELETE", "/api/deployments/tiny-gpt2", None),
     ("POST", "/api/deployments/tiny-gpt2/replicas", {"replicas": 2}),
+    ("POST", "/api/deployments/tiny-gpt2/limits", {"wall_s": 60}),
     ("GET", "/api/tokens", None),
     ("POST", "/api/tokens", {"name": "x"}),
     ("DELETE", "/api/tokens/x", None),
+    ("POST", "/api/tokens/x/limits", {"wall_s": 60}),
     ("GET", "/api/ps", None),
     ("GET", "/api/status", None),
     ("POST", "/api/allocations", {"deployment": "tiny-gpt2", "site": "local"}),
@@ -45,7 +47,12 @@ def test_every_route_is_in_a_table() -> None:
     """A new route has to say here who may call it."""
     nothing: Any = None
     api = OperatorApi(
-        broker=nothing, fleet=nothing, accounts=nothing, sessions=nothing, public_url=None
+        broker=nothing,
+        fleet=nothing,
+        accounts=nothing,
+        sessions=nothing,
+        limits=nothing,
+        public_url=None,
     )
     [mount] = api.routes()
     found = {
@@ -55,7 +62,7 @@ def test_every_route_is_in_a_table() -> None:
     }
     known = {(verb, path) for verb, path, _ in OPERATORS_ONLY}
     known |= {(verb, "/api/requests/{id}" + path) for verb, path in FOR_OWNERS}
-    known |= {("GET", "/api/requests"), ("POST", "/api/join")}
+    known |= {("GET", "/api/requests"), ("GET", "/api/limits"), ("POST", "/api/join")}
     renamed = {
         (verb, path.replace("/a1/", "/{id}/").replace("tokens/x", "tokens/{id}"))
         for verb, path in known
@@ -93,10 +100,18 @@ def test_tasks_are_kept_as_clients_send_them(relay: Relay) -> None:
     assert (made["task"], made["more_tasks"]) == ("token-classification", ["fill-mask"])
 
 
+def test_the_way_of_weights_is_kept(relay: Relay) -> None:
+    body = {"repo_id": "a/b", "device": "cuda", "weights": "shared"}
+    made = call(relay, relay.operator, "POST", "/api/deployments", body).json()
+    assert (made["weights"], made["device"]) == ("shared", "cuda")
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         ({"repo_id": "a/b", "replica": 2}, "replica"),
+        ({"repo_id": "a/b", "weights": "shared"}, "are for a GPU"),
+        ({"repo_id": "a/b", "weights": "lent"}, "auto, private, shared"),
         ({"repo_id": "a/b", "more_tasks": "fill-mask"}, "more_tasks"),
         ({"repo_id": "a/b", "adapters": [{"repo_id": "lora"}]}, "'lora' must be ORG/NAME"),
         ({"repo_id": "a/b", "adapters": [{"repo_id": "a/*"}]}, "'a/*' must be ORG/NAME"),
@@ -237,3 +252,38 @@ def test_status(relay: Relay) -> None:
     status = call(relay, relay.operator, "GET", "/api/status").json()
     assert status["requests"] == {"QUEUED": 1, "DISPATCHED": 0, "RUNNING": 0}
     assert status["sessions"] == 0
+
+
+def test_limits_of_a_deployment_and_of_a_token(relay: Relay) -> None:
+    """Each is changed field by field; a researcher sees what results, and who says so."""
+    path = "/api/deployments/tiny-gpt2/limits"
+    changed = call(relay, relay.operator, "POST", path, {"memory_bytes": 5000, "log_lines": 7})
+    assert changed.json()["limits"]["memory_bytes"] == 5000
+    changed = call(relay, relay.operator, "POST", path, {"log_lines": None})
+    assert (changed.json()["limits"]["memory_bytes"], changed.json()["limits"]["log_lines"]) == (
+        5000,
+        None,
+    )
+    for wrong in ({"wall_s": 0}, {"log_lines": -1}, {"wall": 5}, {"log_lines": 1.5}):
+        assert call(relay, relay.operator, "POST", path, wrong).status_code == 400, wrong
+    made = call(
+        relay, relay.operator, "POST", "/api/tokens", {"name": "eve", "limits": {"wall_s": 9}}
+    ).json()
+    path = f"/api/tokens/{made['id']}/limits"
+    limits = call(relay, relay.operator, "POST", path, {"memory_bytes": 4000}).json()["limits"]
+    assert (limits["wall_s"], limits["memory_bytes"]) == (9.0, 4000)
+    told = call(relay, made["token"], "GET", "/api/limits").json()["deployments"]["tiny-gpt2"]
+    assert told["limits"]["wall_s"] == {"value": 9.0, "set_by": "the token eve"}
+    assert told["limits"]["memory_bytes"] == {"value": 4000, "set_by": "the token eve"}
+    assert told["limits"]["log_lines"] == {"value": 10_000, "set_by": "the relay"}
+    told = call(relay, relay.researcher, "GET", "/api/limits").json()["deployments"]["tiny-gpt2"]
+    assert told["limits"]["memory_bytes"]["set_by"] == "the deployment tiny-gpt2"
+    assert call(relay, "", "GET", "/api/limits").status_code == 401
+
+
+def test_limits_of_requests_that_were_accepted_before_stay(relay: Relay) -> None:
+    assert relay.post().status_code == 200
+    call(relay, relay.operator, "POST", "/api/deployments/tiny-gpt2/limits", {"log_lines": 7})
+    assert relay.post().status_code == 200
+    lines = [each.limits.log_lines for each in relay.broker.requests.values()]
+    assert lines == [10_000, 7]

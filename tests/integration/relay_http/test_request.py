@@ -19,6 +19,7 @@ import pytest
 import websocket
 
 from edif_hpc.domain.adapter import Adapter
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.request import Limits
 from edif_hpc.errors import StoreUnavailable
 from edif_hpc.relay.sessions import Update
@@ -60,7 +61,10 @@ def test_a_blob_arrives_whole(relay: Relay, size: int) -> None:
 def test_the_accepted_request_has_its_limits(relay: Relay) -> None:
     assert relay.post(edif_timeout_s="90").status_code == 200
     [request] = relay.broker.requests.values()
-    assert request.limits == Limits(wall_s=90.0)
+    assert request.limits.wall_s == 90.0
+    assert request.limits.sources["wall_s"] == "the header edif-timeout-s"
+    sources = request.limits.sources
+    assert request.limits == Limits(wall_s=90.0, request_bytes=8 * MIB, sources=sources)
     assert request.expires_at == relay.clock.wall() + 24 * 3600
     assert request.env == {"attn_implementation": "sdpa"}
 
@@ -167,6 +171,22 @@ def test_too_large_by_its_length(relay: Relay) -> None:
     assert answer.json()["code"] == "too_large"
     assert str(8 * MIB) in answer.json()["detail"]
     assert files_in(relay) == []
+
+
+def test_a_token_and_a_deployment_may_take_less(relay: Relay) -> None:
+    token_id = relay.accounts.authenticate(relay.other).id
+    relay.run(relay.accounts.limit(token_id, lambda old: replace(old, request_bytes=MIB)))
+    refused = relay.post(token=relay.other, blob=bytes(2 * MIB))
+    assert refused.status_code == 413
+    assert f"{MIB} are accepted from you" in refused.text
+    assert relay.post(token=relay.other, blob=bytes(MIB // 2)).status_code == 200
+    assert relay.post(blob=bytes(2 * MIB)).status_code == 200
+    plain = relay.fleet.known[0]
+    relay.fleet.known[:] = [replace(plain, limits=Allowed(request_bytes=3 * MIB))]
+    assert relay.post(blob=bytes(4 * MIB)).status_code == 413
+    assert relay.post(blob=bytes(2 * MIB)).status_code == 200
+    relay.fleet.known[:] = [plain]
+    assert len(files_in(relay)) == 3
 
 
 def chunked(relay: Relay, size: int) -> httpx.Response:
@@ -381,7 +401,7 @@ def test_public_routes(relay: Relay) -> None:
     with relay.client() as client:
         pong = client.get("/ping")
         assert pong.text == "pong"
-        assert pong.headers["edif-version"] == importlib.metadata.version("edif-hpc")
+        assert "edif-version" not in pong.headers, "strangers are not told"
         assert client.get("/connected").json() == {"status": "connected"}
         assert client.get("/status").json()["deployments"]["tiny-gpt2"]["repo_id"]
         assert client.get("/env").json()["python_version"] == "3.11.9"
@@ -390,6 +410,13 @@ def test_public_routes(relay: Relay) -> None:
         assert (unknown.status_code, unknown.json()["code"]) == (404, "not_found")
         wrong = client.put("/request")
         assert wrong.status_code == 405
+
+
+def test_the_version_is_for_those_who_show_a_token(relay: Relay) -> None:
+    for token in (relay.researcher, relay.operator):
+        with relay.client(token) as client:
+            pong = client.get("/ping")
+        assert pong.headers["edif-version"] == importlib.metadata.version("edif-hpc")
 
 
 def test_headers(relay: Relay) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -103,3 +104,22 @@ def test_stopping_tells_the_listeners(start_relay: Callable[..., Relay]) -> None
     assert connection.sock is not None
     connection.sock.close()
     wait_until(lambda: relay.broker.closed, 5, "the session is closed")
+
+
+def test_who_begins_no_tls_is_counted_and_let_go(
+    start_relay: Callable[..., Relay], certificate: tuple[Path, Path]
+) -> None:
+    """asyncio's own server would tell of a connection only after its handshake."""
+    cert, key = certificate
+    relay = start_relay(tls_cert=cert, tls_key=key, max_connections_per_address=2, head_s=0.5)
+    with contextlib.ExitStack() as open_:
+        silent = [
+            open_.enter_context(socket.create_connection(("127.0.0.1", relay.server.port), 60))
+            for _ in range(4)
+        ]
+        for each in silent:
+            assert each.recv(100) == b"", "closed, without a word in the clear"
+    wait_until(lambda: relay.server.door.open == 0, 60, "all are gone")
+    trust = ssl.create_default_context(cafile=str(cert))
+    with relay.client(relay.researcher, verify=trust) as client:
+        assert client.get("/whoami").status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import stat
 import time
 from pathlib import Path
@@ -77,3 +78,63 @@ async def test_a_handler_that_fails_loses_only_its_batch() -> None:
     router.close()
     await dealer.close()
     loop.set_exception_handler(usual)
+
+
+async def read_to_end(dialled: asyncio.StreamReader) -> bytes:
+    """What comes until the other side closes."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := await asyncio.wait_for(dialled.read(65536), WAIT_S):
+            said += chunk
+    return said
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + b"\0" + bytes(31)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HTTP/1.1\r\n\r\n" * 10, GREETING, GREETING + b"\x06" + (1 << 62).to_bytes(8, "big"), GREETING.replace(b"CURVE", b"NULL\0")],
+    ids=["silence", "http", "half a handshake", "a giant", "no encryption"],
+)  # fmt: skip
+async def test_strangers_are_let_go_and_peers_are_served(sent: bytes) -> None:
+    keys, own = KeyPair.generate(), KeyPair.generate()
+    got: list[Incoming] = []
+    router = Router(
+        bind="tcp://127.0.0.1:*", keys=keys, known=bool, on_batch=got.extend, handshake_s=1.0
+    )
+    port = int(router.endpoint.rpartition(":")[2])
+    strangers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+    for _, writer in strangers:
+        writer.write(sent)
+    dealer = Dealer(
+        endpoint=router.endpoint,
+        server_key=keys.public,
+        keys=own,
+        on_batch=len,
+        on_event=lambda *_: None,
+    )
+    dealer.send(b"hello")
+    await wait_until_async(lambda: got, WAIT_S, "the peer is heard")
+    assert got[0].key == own.public
+    for reader, writer in strangers:
+        assert len(await read_to_end(reader)) < 1000
+        writer.close()
+    assert len(got) == 1
+    await dealer.close()
+    router.close()
+
+
+async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    keys = KeyPair.generate()
+    router = Router(bind="tcp://127.0.0.1:*", keys=keys, known=lambda _: False, on_batch=len)
+    port = int(router.endpoint.rpartition(":")[2])
+    for _ in range(60):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GREETING.replace(b"CURVE", b"NULL\0"))
+        await read_to_end(reader)
+        writer.close()
+    await wait_until_async(lambda: router.refusals >= 60, WAIT_S, "all were refused")
+    lines = [each for each in caplog.records if each.message == "a peer's handshake failed"]
+    assert 0 < len(lines) < 40
+    router.close()
