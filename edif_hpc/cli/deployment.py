@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from edif_hpc.cli.context import Context, pass_context
+from edif_hpc.cli.limits import given, limit_options, said, shown
 from edif_hpc.cli.show import facts, json_option, listing, moment, print_json
 from edif_hpc.domain.adapter import Adapter
+from edif_hpc.domain.levels import Level
 from edif_hpc.errors import NotFound
 
 COLUMNS = (
@@ -46,13 +48,22 @@ def deployment() -> None:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="cuda is a GPU, of NVIDIA or AMD."
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "private", "shared"]),
+    help="On a GPU: a copy for each request, or one that they share and that is restored after each.",
+)
 @click.option("--replicas", type=click.IntRange(0, 1000), help="How many workers are wanted.")
 @click.option(
     "--executors", type=click.IntRange(1, 1000), help="Requests a worker runs at a time."
 )
 @click.option("--source", metavar="PATH", help="Load from this folder of the worker's machine.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run the model's own code.")
-@click.option("--isolation-floor", type=click.Choice(["full", "no-namespaces", "process"]))
+@click.option(
+    "--isolation-floor",
+    type=click.Choice([str(each) for each in Level]),
+    help="The weakest isolation to serve with.  [default: no-namespaces]",
+)
 @click.option(
     "--adapter",
     "adapters",
@@ -60,6 +71,7 @@ def deployment() -> None:
     metavar="ORG/NAME[@REVISION]",
     help="Serve this PEFT adapter with it; may be given several times.",
 )
+@limit_options
 @json_option
 @pass_context
 def add(ctx: Context, /, *, model: str, as_json: bool, **options: Any) -> None:
@@ -69,7 +81,9 @@ def add(ctx: Context, /, *, model: str, as_json: bool, **options: Any) -> None:
     """
     from edif_hpc.cli.model import deployment_of
 
-    added = ctx.api().post("/api/deployments", deployment_of(model, options))
+    limits = said(options)
+    body = deployment_of(model, options) | ({"limits": limits} if limits else {})
+    added = ctx.api().post("/api/deployments", body)
     if as_json:
         print_json(added)
     else:
@@ -113,6 +127,22 @@ def show(ctx: Context, /, *, name: str, as_json: bool) -> None:
         facts(_shown(found) | moments)
 
 
+@deployment.command(name="set")
+@click.argument("name")
+@limit_options
+@json_option
+@pass_context
+def change(ctx: Context, /, *, name: str, as_json: bool, **options: Any) -> None:
+    """Change what the requests of a deployment may use, from now on; `none` takes a limit back."""
+    from edif_hpc.cli.api import part
+
+    changed = ctx.api().post(f"/api/deployments/{part(name)}/limits", given(said(options)))
+    if as_json:
+        print_json(changed)
+    else:
+        click.echo(f"limits of {changed['name']}: {shown(changed['limits']) or 'none'}")
+
+
 @deployment.command()
 @click.argument("name")
 @click.option("--force", is_flag=True, help="End the requests that wait for it.")
@@ -128,10 +158,11 @@ def rm(ctx: Context, /, *, name: str, force: bool) -> None:
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A deployment with its tasks and adapters as `--task` and `--adapter` take them."""
+    """A deployment with its tasks and adapters as `--task` and `--adapter` take them, and its limits in words."""
     adapters = [str(Adapter(**each)) for each in found["adapters"]]
     lists = {
         "task": ", ".join([found["task"], *found["more_tasks"]]),
         "adapters": ", ".join(adapters) or None,
+        "limits": shown(found.get("limits", {})),
     }
     return {name: value for name, value in {**found, **lists}.items() if name != "more_tasks"}

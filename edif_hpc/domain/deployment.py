@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edif_hpc.domain.adapter import Adapter
-from edif_hpc.errors import InvalidInput, NotFound
+from edif_hpc.domain.levels import Level
+from edif_hpc.domain.limits import SAYS_NOTHING, Allowed
+from edif_hpc.errors import InvalidInput, NotFound, NotPermitted
 
 ALLOWED_CLASSES = frozenset({"nnsight.modeling.transformers.TransformersModel"})
 #: Attention that is part of torch and transformers and needs no compiler, which an executor has not. For a name that
@@ -24,6 +26,10 @@ ALLOWED_ATTENTION = frozenset({"eager", "sdpa"})
 DEFAULT_TASK = "text-generation"
 #: PyTorch calls the GPUs of AMD cuda, too. On `cpu:0` each executor has a copy of the weights, as on a GPU: for tests.
 DEVICES = ("cpu", "cuda", "cpu:0")
+#: How executors have weights on a device: a copy for each, or one that they share and that is restored after each.
+ON_DEVICES = ("private", "shared")
+#: What an operator may ask for; auto is private.
+WEIGHTS = ("auto", *ON_DEVICES)
 #: Other names of tasks, as transformers takes them; a client's key has the name on the right.
 TASK_ALIASES = {
     "ner": "token-classification",
@@ -63,7 +69,7 @@ def parse_model_key(text: str) -> ModelKey:
     try:
         body = json.loads(suffix)
         repo_id = body["repo_id"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidInput(
             f"the model key {text[:200]!r} is not class:json with a repo_id"
         ) from error
@@ -91,7 +97,7 @@ def check_env(env: Mapping[str, Any], adapters: Sequence[Adapter] = ()) -> None:
     if unknown:
         raise InvalidInput(f"env has {unknown}; this relay accepts attn_implementation and peft")
     attention = env.get("attn_implementation")
-    if attention is not None and attention not in ALLOWED_ATTENTION:
+    if attention is not None and attention not in [*ALLOWED_ATTENTION]:
         raise InvalidInput(
             f"attn_implementation {attention!r} is not allowed; use one of: {', '.join(sorted(ALLOWED_ATTENTION))}"
         )
@@ -122,14 +128,16 @@ class Deployment:
     trust_remote_code: bool = False
     replicas: int = 1
     device: str = "cpu"
+    weights: str = "auto"  #: how executors have them on a device: one of `WEIGHTS`
     executors: int = 1  #: requests that one worker runs at a time
-    isolation_floor: str = "process"  #: level below which a worker refuses to serve
+    isolation_floor: str = Level.NO_NAMESPACES  #: level below which a worker refuses to serve
     adapters: tuple[Adapter, ...] = ()  #: those that a request may have attached
     site: str | None = None  #: where the relay keeps its slots filled
     gpu: str | None = None  #: a kind of GPU in the profile of its site
     gpus: int = 1  #: of one worker
     walltime_min: int | None = None  #: of one generation; None runs without an end
     up_at: float | None = None  #: when an operator last wanted it up, wall clock; None while not
+    limits: Allowed = SAYS_NOTHING  #: what each of its requests may use
     created_at: float = 0.0
 
     @property
@@ -175,12 +183,24 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_weights(weights: str, *, device: str) -> str:
+    """Return how executors are to have the weights, or raise `InvalidInput`."""
+    if weights not in WEIGHTS:
+        raise InvalidInput(
+            f"weights {weights!r} are not known; choose one of: {', '.join(WEIGHTS)}"
+        )
+    if device == "cpu" and weights != "auto":
+        raise InvalidInput(
+            f"weights {weights!r} are for a GPU; on the CPU executors share pages that none of them can change for others"
+        )
+    return weights
+
+
 def check_device(device: str, *, executors: int = 1) -> str:
     """Return what a deployment is computed on, or raise `InvalidInput`."""
     if device not in DEVICES:
         raise InvalidInput(
-            f"the device {device!r} is not served; choose cpu, or cuda for one GPU of NVIDIA or AMD "
-            "(a model over several GPUs is not served yet)"
+            f"the device {device!r} is not served; choose cpu, or cuda for GPUs of NVIDIA or AMD (how many: edif-hpc up --gpus)"
         )
     if device != "cpu" and executors > 1:
         raise InvalidInput(
@@ -204,6 +224,12 @@ def find_deployment(key: ModelKey, deployments: Iterable[Deployment]) -> Deploym
     for each in known:
         if each.serves(key):
             return each
+    plain = replace(key, trust_remote_code=False)
+    if key.trust_remote_code and any(each.serves(plain) for each in known):
+        raise NotPermitted(
+            f"{key.repo_id} is deployed here without its own code, and your model was made with trust_remote_code=True. "
+            "Make it without; or ask the operator, who can deploy it with --trust-remote-code"
+        )
     listing = ", ".join(_told(each.repo_id, each.tasks, each.revision) for each in known)
     asked = _told(key.repo_id, (key.task,), key.revision)
     raise NotFound(f"{asked} is not deployed here. Deployed: {listing or 'nothing yet'}.")

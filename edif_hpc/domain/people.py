@@ -11,6 +11,7 @@ import hmac
 from dataclasses import dataclass
 from enum import StrEnum
 
+from edif_hpc.domain.limits import SAYS_NOTHING, Allowed
 from edif_hpc.errors import NotAuthenticated, NotPermitted
 
 TOKEN_PREFIX = "edif"  # noqa: S105 - the public prefix of every token, not a secret
@@ -35,8 +36,8 @@ class Token:
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
-    max_wall_s: float | None = None  #: longest run that its requests may ask for
     queue_s: float | None = None  #: how long its requests may wait; None takes the relay's default
+    limits: Allowed = SAYS_NOTHING  #: what each of its requests may use
     keep: bool = False  #: its queued requests stay when the client's socket closes
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edif_hpc.errors import TransitionRefused
+from edif_hpc.domain.limits import Limits as Limits  # part of a request
+from edif_hpc.errors import OverLimit, TransitionRefused
 
 
 class RequestState(StrEnum):
@@ -67,13 +68,27 @@ class FailureKind(StrEnum):
     USER = "user"  #: the researcher's code raised
     OOM = "oom"  #: out of memory, on the device or the host
     TIMEOUT = "timeout"  #: it ran longer than its limit
-    LIMIT = "limit"  #: another limit: result bytes, log bytes
+    LIMIT = (
+        "limit"  #: another limit: of the result, of what it prints, of the tensors that it saves
+    )
     CRASH = "crash"  #: the executor or worker died, more often than the budget allows
     CANCELLED = "cancelled"  #: by its owner, an operator, or a closed connection
     EXPIRED = "expired"  #: it waited in the queue until its end date
     REMOVED = "removed"  #: its deployment was removed
     ENGINE = "engine"  #: ours: the worker could not run it
     DAMAGED = "damaged"  #: its stored bytes cannot be read back as they were accepted
+
+
+_KIND_OF_LIMIT = {
+    "wall_s": FailureKind.TIMEOUT,
+    "memory_bytes": FailureKind.OOM,
+    "gpu_memory_bytes": FailureKind.OOM,
+}
+
+
+def kind_of(over: OverLimit) -> FailureKind:
+    """How a request ends that went over a limit."""
+    return _KIND_OF_LIMIT.get(str(over.details["limit"]), FailureKind.LIMIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +98,6 @@ class Failure:
     kind: FailureKind
     message: str
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request may use. Seconds are wall-clock; sizes are bytes."""
-
-    wall_s: float = 3600.0
-    memory_bytes: int = 8 << 30
-    result_bytes: int = 8 << 30
-    log_bytes: int = 1 << 20
-    log_lines: int = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from edif_hpc.clock import Clock
+from edif_hpc.domain.limits import SAYS_NOTHING, Allowed, checked
 from edif_hpc.domain.people import Role, Token, check_token, format_token, parse_token, secret_hash
 from edif_hpc.errors import InvalidInput, NotAuthenticated
 from edif_hpc.store.base import Store
@@ -65,8 +66,8 @@ class Accounts:
         name: str,
         role: Role = Role.RESEARCHER,
         expires_in_s: float | None = None,
-        max_wall_s: float | None = None,
         queue_s: float | None = None,
+        limits: Allowed = SAYS_NOTHING,
         keep: bool = False,
     ) -> tuple[Token, str]:
         """A new token and the text that its owner keeps; the text cannot be had again."""
@@ -76,7 +77,6 @@ class Accounts:
             )
         for what, value in (
             ("expires_in_s", expires_in_s),
-            ("max_wall_s", max_wall_s),
             ("queue_s", queue_s),
         ):
             if value is not None and not value > 0:
@@ -90,13 +90,21 @@ class Accounts:
             secret_sha256=secret_hash(secret),
             created_at=now,
             expires_at=None if expires_in_s is None else now + expires_in_s,
-            max_wall_s=max_wall_s,
             queue_s=queue_s,
+            limits=checked(limits),
             keep=keep,
         )
         await self._writer.submit(lambda store: store.add_token(token))
         self._tokens[token.id] = token
         return token, format_token(token.id, secret)
+
+    async def limit(self, token_id: str, change: Callable[[Allowed], Allowed]) -> Token:
+        """Change what requests of a token may use, from now on. `NotFound` if there is none of that id."""
+        token = await self._writer.submit(
+            lambda store: store.limit_token(token_id, lambda old: checked(change(old)))
+        )
+        self._tokens[token_id] = token
+        return token
 
     async def revoke(self, token_id: str) -> Token:
         """Revoke a token; its requests stay. `NotFound` if there is none of that id."""

@@ -23,6 +23,7 @@ from edif_hpc.objects.base import ObjectStore, Upload
 from edif_hpc.objects.directory import INLINE_BLOB_BYTES, BlobFolder
 from edif_hpc.relay import lines
 from edif_hpc.relay.fleet import Fleet
+from edif_hpc.relay.intake import Holdings
 from edif_hpc.relay.lines import Ahead
 from edif_hpc.relay.outlook import Outlook
 from edif_hpc.relay.sessions import LOG, Session, Update
@@ -83,6 +84,7 @@ class Board:
     ) -> None:
         self.open: dict[str, Open] = {}
         self.queues: dict[str, FairQueue] = {}
+        self.holdings = Holdings()
         self._listening: dict[str, Open] = {}
         self._news: set[str] = set()  # deployments that changed since the last beat
         self._fleet, self._outlook, self._telling = fleet, outlook, telling
@@ -92,6 +94,7 @@ class Board:
     def add(self, request: Request, session: Session | None = None) -> Open:
         """A request was accepted, or read at the start."""
         entry = self.open[request.id] = Open(request=request, session=session)
+        self.holdings.add(request)
         if session is not None:
             session.requests.add(request.id)
             self._listening[request.id] = entry
@@ -218,6 +221,7 @@ class Board:
         entry = self.open.pop(request.id, None)
         if entry is None:
             return
+        self.holdings.remove(request)
         self._listening.pop(request.id, None)
         queue = self.queues.get(request.deployment)
         if queue is not None:

@@ -90,6 +90,10 @@ class Broker:
         if not self._leasing.match(request.deployment):
             self._board.show(entry)
 
+    def holdings(self, owner: str) -> tuple[int, int]:
+        """How many requests of one owner have not ended, and their bytes."""
+        return self._board.holdings.of(owner)
+
     async def view(self, request_id: str, base_url: str) -> tuple[Request, Update]:
         """A request and what a poll shows of it."""
         entry = self._board.open.get(request_id)

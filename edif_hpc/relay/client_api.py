@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import secrets
 from collections import OrderedDict
 from pathlib import Path
@@ -25,15 +24,18 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from edif_hpc.clock import Clock
 from edif_hpc.domain.deployment import Deployment, ModelKey, check_env, parse_model_key
+from edif_hpc.domain.pacing import Shares
 from edif_hpc.domain.people import Token
-from edif_hpc.domain.request import Limits, NewRequest, Request, RequestState
-from edif_hpc.errors import EdifError, InvalidInput, NotFound
+from edif_hpc.domain.request import NewRequest, Request, RequestState
+from edif_hpc.errors import EdifError, NotAuthenticated, NotFound
 from edif_hpc.objects.directory import BlobFolder
 from edif_hpc.relay import nnsight_schema as schema
 from edif_hpc.relay.accounts import Accounts, credential
 from edif_hpc.relay.answers import VERSION_HEADER, Json, base_url, own_version, refusal
+from edif_hpc.relay.intake import Intake
+from edif_hpc.relay.limiting import HEADER, RequestLimits
 from edif_hpc.relay.sessions import Session, Sessions, Update
-from edif_hpc.relay.uploads import Upload, receive_upload
+from edif_hpc.relay.uploads import Upload, receive_upload, told_bytes, too_large
 from edif_hpc.settings import RelaySettings
 
 _REMEMBERED_POLLS = 10_000
@@ -48,6 +50,9 @@ class Broker(Protocol):
     ) -> Request:
         """Commit a request."""
 
+    def holdings(self, owner: str) -> tuple[int, int]:
+        """How many requests of one owner have not ended, and their bytes."""
+
     async def view(self, request_id: str, base_url: str) -> tuple[Request, Update]:
         """A request and what a poll shows of it."""
 
@@ -60,9 +65,6 @@ class Fleet(Protocol):
 
     def find(self, key: ModelKey) -> Deployment:
         """The deployment that serves a model key."""
-
-    def longest_run_s(self, deployment: str) -> float:
-        """The longest run that its workers live for."""
 
     def status(self) -> dict[str, Any]:
         """The entries of nnsight's `/status`."""
@@ -82,12 +84,19 @@ class ClientApi:
         accounts: Accounts,
         sessions: Sessions,
         blobs: BlobFolder,
+        limits: RequestLimits,
         settings: RelaySettings,
         clock: Clock,
     ) -> None:
         self._broker, self._fleet, self._accounts = broker, fleet, accounts
         self._sessions, self._blobs = sessions, blobs
-        self._settings, self._clock = settings, clock
+        self._limits, self._settings, self._clock = limits, settings, clock
+        self._intake = Intake(settings, held=broker.holdings, folder=settings.data_dir)
+        self._listening = Shares(limit=settings.max_sessions_per_token)
+        self._too_many = (
+            f"{settings.max_sessions_per_token} connections for updates are open under your token "
+            "(max_sessions_per_token); run fewer traces at a time, or send them with blocking=False and poll"
+        )
         self._polled: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
 
     def routes(self) -> list[BaseRoute]:
@@ -99,7 +108,7 @@ class ClientApi:
             Route("/status", self.status),
             Route("/env", self.environment),
             Route("/whoami", self.whoami),
-            Route("/ping", _ping),
+            Route("/ping", self.ping),
             Route("/connected", _connected),
             Route("/ws/socket.io{rest:path}", _socket_io, methods=["GET", "POST"]),
             WebSocketRoute("/ws/socket.io{rest:path}", _socket_io_upgrade),
@@ -109,9 +118,12 @@ class ClientApi:
         """Tell a blocking client what happens to its requests, until it leaves."""
         try:
             token = self._accounts.authenticate(credential(socket.headers))
+            with self._listening.hold(token.id, self._too_many):
+                await self._listen(socket, token)
         except EdifError as error:
             await socket.send_denial_response(refusal(error))
-            return
+
+    async def _listen(self, socket: WebSocket, token: Token) -> None:
         await socket.accept()
         session = self._sessions.open(token.id, base_url(socket, self._settings.public_url))
         try:
@@ -126,14 +138,26 @@ class ClientApi:
         """Accept a request; it is durable when this answers."""
         token = self._accounts.authenticate(credential(http.headers))
         version = schema.check_version(http.headers.get("nnsight-version"))
-        limit = self._settings.max_request_bytes
-        async with receive_upload(http, folder=self._blobs, limit_bytes=limit) as upload:
-            envelope = schema.parse_envelope(upload.envelope)
-            session = (
-                self._sessions.get(envelope.session_id, token.id) if envelope.session_id else None
-            )
-            new = self._new(http, token, version, envelope, upload)
-            accepted = await self._broker.accept(new, upload.blob, session)
+        limit = self._limits.largest_bytes(token)
+        told = told_bytes(http, limit)
+        with self._intake.admit(token.id, told):
+            async with receive_upload(
+                http, folder=self._blobs, limit_bytes=limit, room=self._intake.check_room
+            ) as upload:
+                return await self._accept(http, token, version, upload)
+
+    async def _accept(
+        self, http: HttpRequest, token: Token, version: str, upload: Upload
+    ) -> Response:
+        self._intake.check_bytes(token.id, upload.blob_bytes)
+        envelope = schema.parse_envelope(upload.envelope)
+        session = (
+            self._sessions.get(envelope.session_id, token.id) if envelope.session_id else None
+        )
+        new = self._new(http, token, version, envelope, upload)
+        if upload.blob_bytes > new.limits.request_bytes:
+            raise too_large(new.limits.request_bytes, upload.blob_bytes)
+        accepted = await self._broker.accept(new, upload.blob, session)
         hint = f"accepted; if you lose the connection: edif-hpc request fetch {accepted.id}"
         update = Update(
             request_id=accepted.id, status=str(RequestState.RECEIVED), description=hint
@@ -168,6 +192,14 @@ class ClientApi:
         token = self._accounts.authenticate(credential(http.headers))
         return Json({"email": token.name, "tags": [token.role]})
 
+    async def ping(self, http: HttpRequest) -> Response:
+        """That the relay is there; its version is for those alone who show a token."""
+        try:
+            self._accounts.authenticate(credential(http.headers))
+        except NotAuthenticated:
+            return PlainTextResponse("pong")
+        return PlainTextResponse("pong", headers={VERSION_HEADER: own_version()})
+
     def _new(
         self,
         http: HttpRequest,
@@ -178,7 +210,7 @@ class ClientApi:
     ) -> NewRequest:
         deployment = self._fleet.find(parse_model_key(envelope.model_key))
         check_env(envelope.env, deployment.adapters)
-        now, asked = self._clock.wall(), http.headers.get("edif-timeout-s")
+        now = self._clock.wall()
         queue_s = self._settings.queue_s if token.queue_s is None else token.queue_s
         return NewRequest(
             id=secrets.token_hex(16),
@@ -189,7 +221,7 @@ class ClientApi:
             env=envelope.env,
             blob_bytes=upload.blob_bytes,
             blob_sha256=upload.blob_sha256,
-            limits=Limits(wall_s=self._wall_s(token, deployment, asked)),
+            limits=self._limits.of(token, deployment, http.headers.get(HEADER)),
             accepted_at=now,
             expires_at=now + queue_s,
             keep=token.keep,
@@ -198,27 +230,6 @@ class ClientApi:
                 "python": http.headers.get("python-version", "").partition(" ")[0][:40],
             },
         )
-
-    def _wall_s(self, token: Token, deployment: Deployment, asked: str | None) -> float:
-        longest = self._settings.max_wall_s if token.max_wall_s is None else token.max_wall_s
-        lived = self._fleet.longest_run_s(deployment.name)
-        if asked is None:
-            return min(self._settings.default_wall_s, longest, lived)
-        try:
-            wall_s = float(asked)
-        except ValueError:
-            wall_s = math.nan
-        if not 0 < wall_s <= longest:
-            raise InvalidInput(
-                f"edif-timeout-s is {asked[:40]!r}; it must be seconds above 0 and at most {longest:g}"
-            )
-        if wall_s > lived:
-            raise InvalidInput(
-                f"edif-timeout-s is {wall_s:g}, and the workers of {deployment.name} live for a walltime of "
-                f"{deployment.walltime_min} min: at most {lived:.0f} s of it can be one request. Ask for less, or "
-                "split the run"
-            )
-        return wall_s
 
     async def _view(self, token: Token, request_id: str, base: str) -> Update:
         request, update = await self._broker.view(request_id, base)
@@ -236,6 +247,7 @@ class ClientApi:
 async def _converse(socket: WebSocket, session: Session) -> None:
     """Send updates until the client closes. It never says anything; reading is how its leaving is noticed."""
     sender = asyncio.create_task(_send_updates(socket, session), name=f"session {session.id[:6]}")
+    session.on_overflow = sender.cancel
     reader = asyncio.create_task(_read_close(socket), name=f"close of {session.id[:6]}")
     try:
         await asyncio.wait({sender, reader}, return_when=asyncio.FIRST_COMPLETED)
@@ -258,10 +270,6 @@ async def _send_updates(socket: WebSocket, session: Session) -> None:
 async def _read_close(socket: WebSocket) -> None:
     while (await socket.receive())["type"] != "websocket.disconnect":
         pass
-
-
-async def _ping(_: HttpRequest) -> Response:
-    return PlainTextResponse("pong", headers={VERSION_HEADER: own_version()})
 
 
 async def _connected(_: HttpRequest) -> Response:

@@ -139,6 +139,7 @@ class Core:
             failpoints=failpoints,
         )
         rules = Rules(
+            limits=settings.limits,
             lease_s=settings.lease_s,
             heartbeat_s=settings.heartbeat_s,
             part_bytes=objects.part_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from edif_hpc.domain.deployment import Deployment, ModelKey, check_name, find_de
 from edif_hpc.domain.dispatch import END_MARGIN_S, Seat
 from edif_hpc.domain.estimate import RunTimes
 from edif_hpc.domain.learning import Times
+from edif_hpc.domain.limits import Allowed, checked
 from edif_hpc.domain.order import ORDER_LEASE_S
 from edif_hpc.domain.people import secret_hash
 from edif_hpc.domain.request import Provision
@@ -26,6 +27,7 @@ from edif_hpc.errors import Conflict, InvalidInput
 from edif_hpc.relay import provisioning, reports
 from edif_hpc.relay.roll import OPERATOR, Roll
 from edif_hpc.relay.seats import Holding, Worker
+from edif_hpc.relay.surroundings import surroundings
 from edif_hpc.store.base import Store
 from edif_hpc.store.writer import Writer
 
@@ -171,6 +173,11 @@ class Fleet(Roll):
             if row.deployment == deployment and row.slot >= replicas and row.walltime_min is None:
                 await self.drain(None, row.id, why="not wanted any more")
 
+    async def limit(self, deployment: str, change: Callable[[Allowed], Allowed]) -> Deployment:
+        """An operator wants other limits for the requests that come from now on."""
+        new = checked(change(self.deployment(deployment).limits))
+        return await self._change_deployment(deployment, limits=new)
+
     async def _allocate_here(
         self, deployment: str, wanted: int, walltime_min: int | None
     ) -> list[dict[str, Any]]:
@@ -294,6 +301,10 @@ class Fleet(Roll):
     def environment(self) -> dict[str, Any]:
         """The body of nnsight's `/env`."""
         return reports.environment(self.workers.values())
+
+    def surroundings(self) -> list[dict[str, Any]]:
+        """What requests find, by deployment; for `edif-hpc env`."""
+        return surroundings(self.deployments(), self.workers.values())
 
     def processes(self) -> list[dict[str, Any]]:
         """One line an allocation, for `ps`."""

@@ -51,7 +51,7 @@ def parse_envelope(raw: bytes) -> Envelope:
     """Read the envelope; raise `InvalidInput` with the field that is wrong."""
     try:
         return msgspec.json.decode(raw, type=Envelope)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidInput(
             f"the request's envelope (form field `data`) cannot be read: {error}"
         ) from error

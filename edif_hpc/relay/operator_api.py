@@ -6,7 +6,7 @@ is for pilots: its credential is the one-time join token of their allocation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -15,17 +15,20 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from edif_hpc.domain.deployment import Deployment
+from edif_hpc.domain.limits import SAYS_NOTHING, Allowed
 from edif_hpc.domain.people import Role, Token, require
 from edif_hpc.domain.request import Request, RequestState
 from edif_hpc.errors import Conflict, InvalidInput, NotFound
 from edif_hpc.relay.accounts import Accounts, credential
 from edif_hpc.relay.answers import Json, base_url, own_version, read_json
+from edif_hpc.relay.limiting import RequestLimits, told_limits
 from edif_hpc.relay.operator_schema import (
     Drain,
     Failed,
     Join,
     NewAllocations,
     NewDeployment,
+    NewLimits,
     NewToken,
     Scale,
     Submitted,
@@ -35,6 +38,7 @@ from edif_hpc.relay.operator_schema import (
 from edif_hpc.relay.sessions import Sessions, Update
 
 _MAX_LISTED = 1000
+_MAX_JOIN_BYTES = 4 << 10  # whoever sends it has shown no token yet
 
 
 class Broker(Protocol):
@@ -76,6 +80,9 @@ class Fleet(Protocol):
     async def scale(self, deployment: str, replicas: int) -> None:
         """Another number of replicas."""
 
+    async def limit(self, deployment: str, change: Callable[[Allowed], Allowed]) -> Deployment:
+        """Other limits for its requests."""
+
     async def allocate(
         self,
         deployment: str,
@@ -113,9 +120,11 @@ class OperatorApi:
         fleet: Fleet,
         accounts: Accounts,
         sessions: Sessions,
+        limits: RequestLimits,
         public_url: str | None,
     ) -> None:
         self._broker, self._fleet, self._accounts = broker, fleet, accounts
+        self._limits = limits
         self._sessions, self._public_url = sessions, public_url
 
     def routes(self) -> list[BaseRoute]:
@@ -125,9 +134,12 @@ class OperatorApi:
             ("POST", "/deployments", self.add_deployment),
             ("DELETE", "/deployments/{name}", self.remove_deployment),
             ("POST", "/deployments/{name}/replicas", self.scale),
+            ("POST", "/deployments/{name}/limits", self.limit_deployment),
             ("GET", "/tokens", self.list_tokens),
             ("POST", "/tokens", self.create_token),
             ("DELETE", "/tokens/{id}", self.revoke_token),
+            ("POST", "/tokens/{id}/limits", self.limit_token),
+            ("GET", "/limits", self.own_limits),
             ("GET", "/requests", self.list_requests),
             ("GET", "/requests/{id}", self.show_request),
             ("DELETE", "/requests/{id}", self.cancel_request),
@@ -173,6 +185,12 @@ class OperatorApi:
         await self._fleet.scale(http.path_params["name"], asked.replicas)
         return Json({})
 
+    async def limit_deployment(self, http: HttpRequest) -> Response:
+        """Other limits for what a deployment is sent from now on."""
+        self._operator(http)
+        asked = await read_json(http, NewLimits)
+        return Json(await self._fleet.limit(http.path_params["name"], asked.over))
+
     # -- tokens -------------------------------------------------------------------------------
 
     async def list_tokens(self, http: HttpRequest) -> Response:
@@ -184,13 +202,35 @@ class OperatorApi:
         """A new token; its text is in this answer and never again."""
         self._operator(http)
         asked = await read_json(http, NewToken)
-        token, text = await self._accounts.create(**msgspec.structs.asdict(asked))
+        said = msgspec.structs.asdict(asked) | {"limits": asked.limits.over(SAYS_NOTHING)}
+        token, text = await self._accounts.create(**said)
         return Json(token_view(token) | {"token": text}, status_code=201)
 
     async def revoke_token(self, http: HttpRequest) -> Response:
         """Revoke a token."""
         self._operator(http)
         return Json(token_view(await self._accounts.revoke(http.path_params["id"])))
+
+    async def limit_token(self, http: HttpRequest) -> Response:
+        """Other limits for what a token sends from now on."""
+        self._operator(http)
+        asked = await read_json(http, NewLimits)
+        return Json(token_view(await self._accounts.limit(http.path_params["id"], asked.over)))
+
+    async def own_limits(self, http: HttpRequest) -> Response:
+        """What a request of the caller may use, for each deployment, and who says so."""
+        token = self._anybody(http)
+        return Json(
+            {
+                "deployments": {
+                    each.name: {
+                        "repo_id": each.repo_id,
+                        "limits": told_limits(self._limits.of(token, each)),
+                    }
+                    for each in self._fleet.deployments()
+                }
+            }
+        )
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -276,7 +316,7 @@ class OperatorApi:
 
     async def join(self, http: HttpRequest) -> Response:
         """A pilot registers its keys and hears where to connect; the join token is the credential."""
-        told = await read_json(http, Join)
+        told = await read_json(http, Join, limit=_MAX_JOIN_BYTES)
         answer = await self._fleet.join(
             told.join_token,
             worker_key=told.worker_key,

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edif_hpc.domain.adapter import Adapter, each_once
 from edif_hpc.domain.deployment import (
@@ -18,9 +18,12 @@ from edif_hpc.domain.deployment import (
     Deployment,
     check_device,
     check_name,
+    check_weights,
     default_name,
     each_task,
 )
+from edif_hpc.domain.levels import Level
+from edif_hpc.domain.limits import SAYS_NOTHING, Allowed, checked
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import Request
 from edif_hpc.objects.repository import check_repo_id
@@ -43,6 +46,27 @@ class NewAdapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Adapter(repo_id=check_repo_id(self.repo_id), revision=revision)
 
 
+class NewLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What requests may use; null takes a limit back, and what is left out stays as it is."""
+
+    wall_s: float | UnsetType | None = UNSET
+    memory_bytes: int | UnsetType | None = UNSET
+    gpu_memory_bytes: int | UnsetType | None = UNSET
+    result_bytes: int | UnsetType | None = UNSET
+    log_bytes: int | UnsetType | None = UNSET
+    log_lines: int | UnsetType | None = UNSET
+    saved_tensors: int | UnsetType | None = UNSET
+    scratch_bytes: int | UnsetType | None = UNSET
+    request_bytes: int | UnsetType | None = UNSET
+
+    def over(self, old: Allowed) -> Allowed:
+        """What holds after the change."""
+        said = msgspec.structs.asdict(self)
+        return dataclasses.replace(
+            old, **{name: value for name, value in said.items() if value is not UNSET}
+        )
+
+
 class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment as an operator asks for it."""
 
@@ -56,13 +80,15 @@ class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     trust_remote_code: bool = False
     replicas: Annotated[int, Meta(ge=0, le=1000)] = 1
     device: Text = "cpu"
+    weights: Text = "auto"
     executors: Count = 1
-    isolation_floor: Text = "process"
+    isolation_floor: Level = Level.NO_NAMESPACES
     site: Text | None = None
     gpu: Text | None = None
     gpus: Annotated[int, Meta(ge=0, le=256)] = 1
     walltime_min: Walltime | None = None
     adapters: Annotated[list[NewAdapter], Meta(max_length=100)] = []
+    limits: NewLimits = NewLimits()
 
     def value(self) -> Deployment:
         """As the domain has it; "main" is the default branch."""
@@ -70,9 +96,11 @@ class NewDeployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         fields["name"] = check_name(self.name) if self.name else default_name(self.repo_id)
         fields["revision"] = None if self.revision == "main" else self.revision
         fields["device"] = check_device(self.device, executors=self.executors)
+        fields["weights"] = check_weights(self.weights, device=self.device)
         fields["task"], *more = each_task([self.task, *self.more_tasks])
         fields["more_tasks"] = tuple(more)
         fields["adapters"] = each_once(each.value() for each in self.adapters)
+        fields["limits"] = checked(self.limits.over(SAYS_NOTHING))
         return Deployment(**fields)
 
 
@@ -82,8 +110,8 @@ class NewToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     role: Role = Role.RESEARCHER
     expires_in_s: float | None = None
-    max_wall_s: float | None = None
     queue_s: float | None = None
+    limits: NewLimits = NewLimits()
     keep: bool = False
 
 

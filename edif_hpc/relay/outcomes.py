@@ -142,7 +142,12 @@ class Outcomes:
             kind = (
                 FailureKind(done.error) if done.error in set(FailureKind) else FailureKind.ENGINE
             )
-            failure = Failure(kind=kind, message=done.message)
+            details = meta.pop("error", {})
+            failure = Failure(
+                kind=kind,
+                message=done.message,
+                details=details if isinstance(details, dict) else {},
+            )
             return lambda store: store.fail(
                 done.request, done.attempt, key, now, failure=failure, meta=meta
             )

@@ -83,6 +83,7 @@ def _of_worker(worker: Worker, task: str) -> dict[str, Any]:
     return {
         "isolation": worker.facts.get("isolation"),
         "device": worker.facts.get("device"),
+        "weights": worker.facts.get("weights"),
         "unverified": worker.facts.get("unverified", False),
         "commit": worker.facts.get("commit"),
         "random_weights": worker.facts.get("random_weights", {}).get(task, []),
@@ -114,6 +115,7 @@ def _line(allocation: Allocation, worker: Worker | None, now: float) -> dict[str
             "paused_s": round(paused_s, 1),
             "isolation": worker.facts.get("isolation"),
             "device": worker.facts.get("device"),
+            "weights": worker.facts.get("weights"),
             "unverified": worker.facts.get("unverified", False),
             "isolation_missing": worker.facts.get("isolation_missing", []),
             "executors": worker.executors,

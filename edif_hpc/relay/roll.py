@@ -110,10 +110,11 @@ class Roll:
             )
         return found
 
-    async def _change_deployment(self, name: str, **facts: Any) -> None:
+    async def _change_deployment(self, name: str, **facts: Any) -> Deployment:
         changed = await self._writer.submit(lambda store: store.change_deployment(name, **facts))
         if name in self._deployments:
             self._deployments[name] = changed
+        return changed
 
     # -- allocations ---------------------------------------------------------------------------------------------------
 

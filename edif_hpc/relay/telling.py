@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edif_hpc.clock import Clock
+from edif_hpc.domain.limits import COSTS
 from edif_hpc.domain.request import (
     Failure,
     FailureKind,
@@ -167,17 +168,21 @@ class Telling:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _error(self, request: Request, failure: Failure, meta: dict[str, Any]) -> Update:
-        error = {"kind": str(failure.kind), **failure.details}
+        cost, details = _cost_of_a_lost_attempt(failure.details)
+        error = {**details, "kind": str(failure.kind)}
         return Update(
             request_id=request.id,
             status=RequestState.ERROR,
             description=failure.message,
-            meta=meta | {"error": error},
+            meta=cost | meta | {"error": error},
         )
 
     def _meta(self, request: Request) -> dict[str, Any]:
         meta = dict(request.meta)
         meta["attempt"] = request.attempt
+        meta["limits"] = request.limits.numbers()
+        if request.ended_at is not None and request.attempt == 0:
+            meta["queued_s"] = round(max(0.0, request.ended_at - request.accepted_at), 3)
         return meta
 
     async def _url(self, request: Request, key: str | None, base_url: str) -> str | None:
@@ -193,9 +198,24 @@ def facts_for_meta(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What of a worker's environment belongs into `meta`."""
     return {
         key: facts[key]
-        for key in ("commit", "dtype", "versions", "isolation", "device", "unverified")
+        for key in ("commit", "dtype", "versions", "isolation", "device", "weights", "unverified")
         if key in facts
     }
+
+
+def _cost_of_a_lost_attempt(
+    details: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out of the evidence what the last attempt had used, which has no other way to `meta` when its executor died."""
+    cost = {name: _number(details[name]) for name in COSTS if name in details}
+    return cost, {name: fact for name, fact in details.items() if name not in cost}
+
+
+def _number(text: Any) -> float | int | None:
+    try:
+        return int(text) if str(text).isdecimal() else float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def _attempt(attempt: Attempt, node: str) -> dict[str, Any]:

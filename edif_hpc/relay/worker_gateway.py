@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from edif_hpc.clock import Clock
 from edif_hpc.domain.allocation import AllocationState, Peer, PeerRole
 from edif_hpc.domain.lease import LeaseEnd
+from edif_hpc.domain.limits import RELAY, SAYS_NOTHING, Allowed, agreed
 from edif_hpc.errors import (
     LocalProtocolError,
     NotFound,
@@ -61,6 +62,7 @@ class Rules:
     heartbeat_s: float
     part_bytes: int = PART_BYTES
     patience_s: float = 3600.0
+    limits: Allowed = SAYS_NOTHING
 
 
 class Route(Protocol):
@@ -215,7 +217,11 @@ class WorkerGateway:
             deployment = self._fleet.deployment(peer.deployment)
         except NotFound:
             return {}
-        return {**asdict(deployment), "model_key": deployment.model_key.render()}
+        most = agreed({RELAY: self._rules.limits, deployment.name: deployment.limits})
+        return asdict(deployment) | {
+            "model_key": deployment.model_key.render(),
+            "scratch_bytes": most.scratch_bytes,
+        }
 
     def _state(self, link: _Link, worker: Worker, message: m.State) -> None:  # noqa: ARG002 - one signature
         if (worker.state, message.state) == ("loading", "warm"):
@@ -297,7 +303,8 @@ class WorkerGateway:
             model_key=request.model_key,
             compress=request.compress,
             env=dict(request.env),
-            limits={key: float(value) for key, value in vars(request.limits).items()},
+            limits=request.limits.numbers(),
+            limit_sources=dict(request.limits.sources),
             blob=grant.blob,
             blob_url="" if inline else self._base_url + self._blob_link(request.id),
             blob_bytes=request.blob_bytes,

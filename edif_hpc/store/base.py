@@ -16,7 +16,7 @@ Two implementations hold one contract suite: `sqlite.SqliteStore` and the shippe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from edif_hpc.domain.allocation import Allocation, AllocationEvent, AllocationState, Peer
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.lease import LeaseEnd
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Token
 from edif_hpc.domain.request import Failure, NewRequest, Request, RequestState, ResultRef
 
@@ -198,6 +199,9 @@ class Store(Protocol):
     def revoke_token(self, token_id: str, now: float) -> Token:
         """`NotFound` if there is none; a second revocation keeps the first time."""
 
+    def limit_token(self, token_id: str, change: Callable[[Allowed], Allowed]) -> Token:
+        """Change what a token's requests may use, from now on. `NotFound` for an unknown one."""
+
     def tokens(self) -> list[Token]:
         """All, the oldest first."""
 
@@ -205,8 +209,8 @@ class Store(Protocol):
     def add_deployment(self, deployment: Deployment) -> None:
         """`Conflict` if the name is taken."""
 
-    def change_deployment(self, name: str, **facts: str | float | None) -> Deployment:
-        """Set what an operator may change: `replicas`, `site`, `gpu`, `gpus`, `walltime_min`, `up_at`."""
+    def change_deployment(self, name: str, **facts: str | float | Allowed | None) -> Deployment:
+        """Set what an operator may change: `replicas`, `site`, `gpu`, `gpus`, `walltime_min`, `up_at`, `limits`."""
 
     def remove_deployment(self, name: str) -> None:
         """`NotFound` if there is none."""

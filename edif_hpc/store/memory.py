@@ -15,6 +15,7 @@ from typing import Any
 
 from edif_hpc.domain.allocation import Allocation, AllocationEvent, Peer
 from edif_hpc.domain.deployment import Deployment
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Token
 from edif_hpc.domain.request import NewRequest, Request, RequestState
 from edif_hpc.errors import StoreUnavailable
@@ -223,6 +224,10 @@ class MemoryStore(SharedStore):
     def _revoke_token(self, token_id: str, now: float) -> None:
         tokens = self._changing().tokens
         tokens[token_id] = replace(tokens[token_id], revoked_at=now)
+
+    def _limit_token(self, token_id: str, limits: Allowed) -> None:
+        tokens = self._changing().tokens
+        tokens[token_id] = replace(tokens[token_id], limits=limits)
 
     def tokens(self) -> list[Token]:
         """All, the oldest first."""

@@ -117,10 +117,10 @@ ORDER BY at DESC, seq DESC LIMIT :limit;
 
 -- insert_token --
 INSERT INTO tokens (
-    id, name, role, secret_sha256, created_at, expires_at, revoked_at, max_wall_s, queue_s, keep
+    id, name, role, secret_sha256, created_at, expires_at, revoked_at, queue_s, limits, keep
 ) VALUES (
-    :id, :name, :role, :secret_sha256, :created_at, :expires_at, :revoked_at, :max_wall_s,
-    :queue_s, :keep
+    :id, :name, :role, :secret_sha256, :created_at, :expires_at, :revoked_at, :queue_s, :limits,
+    :keep
 )
 ON CONFLICT (id) DO NOTHING
 RETURNING id;
@@ -128,16 +128,20 @@ RETURNING id;
 -- revoke_token --
 UPDATE tokens SET revoked_at = :now WHERE id = :id;
 
+-- limit_token --
+UPDATE tokens SET limits = :limits WHERE id = :id;
+
 -- tokens --
 SELECT * FROM tokens ORDER BY created_at, id;
 
 -- insert_deployment --
 INSERT INTO deployments (
     name, repo_id, revision, task, more_tasks, dtype, source, trust_remote_code, replicas, device,
-    executors, isolation_floor, adapters, site, gpu, gpus, walltime_min, up_at, created_at
+    weights, executors, isolation_floor, adapters, site, gpu, gpus, walltime_min, up_at, limits, created_at
 ) VALUES (
     :name, :repo_id, :revision, :task, :more_tasks, :dtype, :source, :trust_remote_code, :replicas,
-    :device, :executors, :isolation_floor, :adapters, :site, :gpu, :gpus, :walltime_min, :up_at, :created_at
+    :device, :weights, :executors, :isolation_floor, :adapters, :site, :gpu, :gpus, :walltime_min, :up_at,
+    :limits, :created_at
 )
 ON CONFLICT (name) DO NOTHING
 RETURNING name;
@@ -146,7 +150,7 @@ RETURNING name;
 -- The part of a deployment that an operator may change.
 UPDATE deployments
 SET replicas = :replicas, site = :site, gpu = :gpu, gpus = :gpus, walltime_min = :walltime_min,
-    up_at = :up_at
+    up_at = :up_at, limits = :limits
 WHERE name = :name;
 
 -- delete_deployment --

@@ -21,6 +21,7 @@ from edif_hpc.domain.allocation import (
     PeerRole,
 )
 from edif_hpc.domain.deployment import Deployment
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import (
     Failure,
@@ -206,16 +207,28 @@ def _plain(kind: type[_V], row: Row, **other: Any) -> _V:
     return kind(**values, **other)
 
 
+def token_params(token: Token) -> dict[str, Any]:
+    """What `insert_token` binds."""
+    return params(token) | {"limits": encode(token.limits.numbers())}
+
+
 def token_from(row: Row) -> Token:
     """A token from its row."""
-    return _plain(Token, row, role=Role(row["role"]), keep=bool(row["keep"]))
+    return _plain(
+        Token,
+        row,
+        role=Role(row["role"]),
+        keep=bool(row["keep"]),
+        limits=Allowed(**decode(row["limits"])),
+    )
 
 
 def deployment_params(deployment: Deployment) -> dict[str, Any]:
     """What `insert_deployment` binds."""
     adapters = json.dumps([asdict(each) for each in deployment.adapters])
     more_tasks = json.dumps(deployment.more_tasks)
-    return params(deployment) | {"adapters": adapters, "more_tasks": more_tasks}
+    limits = encode(deployment.limits.numbers())
+    return params(deployment) | {"adapters": adapters, "more_tasks": more_tasks, "limits": limits}
 
 
 def deployment_from(row: Row) -> Deployment:
@@ -226,6 +239,7 @@ def deployment_from(row: Row) -> Deployment:
         row,
         more_tasks=tuple(json.loads(row["more_tasks"])),
         trust_remote_code=bool(row["trust_remote_code"]),
+        limits=Allowed(**decode(row["limits"])),
         adapters=adapters,
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -26,6 +26,7 @@ from edif_hpc.domain.allocation import (
 )
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.lease import LeaseEnd
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Token
 from edif_hpc.domain.request import Failure, NewRequest, Request, ResultRef
 from edif_hpc.errors import Conflict, InvalidInput, NotAuthenticated, NotFound, StoreUnavailable
@@ -36,7 +37,9 @@ from edif_hpc.store.orders import OrderChanges
 from edif_hpc.store.rules import Change, Stored
 
 ALLOCATION_FACTS: Final = frozenset({"job_id", "node", "cause", "detail"})
-DEPLOYMENT_FACTS: Final = frozenset({"replicas", "site", "gpu", "gpus", "walltime_min", "up_at"})
+DEPLOYMENT_FACTS: Final = frozenset(
+    {"replicas", "site", "gpu", "gpus", "walltime_min", "up_at", "limits"}
+)
 
 
 class SharedStore(OrderChanges, ABC):
@@ -212,13 +215,25 @@ class SharedStore(OrderChanges, ABC):
     def revoke_token(self, token_id: str, now: float) -> Token:
         """Revoke a token; the first time counts."""
         self._require_transaction()
-        token = next((each for each in self.tokens() if each.id == token_id), None)
-        if token is None:
-            raise NotFound(f"there is no token {token_id}; `edif-hpc token ls` lists them")
+        token = self._token(token_id)
         if token.revoked_at is not None:
             return token
         self._revoke_token(token_id, now)
         return replace(token, revoked_at=now)
+
+    def limit_token(self, token_id: str, change: Callable[[Allowed], Allowed]) -> Token:
+        """Change what a token's requests may use, from now on."""
+        self._require_transaction()
+        token = self._token(token_id)
+        limits = change(token.limits)
+        self._limit_token(token_id, limits)
+        return replace(token, limits=limits)
+
+    def _token(self, token_id: str) -> Token:
+        for each in self.tokens():
+            if each.id == token_id:
+                return each
+        raise NotFound(f"there is no token {token_id}; `edif-hpc token ls` lists them")
 
     # -- deployments, allocations, peers ---------------------------------------------------------
     def add_deployment(self, deployment: Deployment) -> None:
@@ -231,7 +246,7 @@ class SharedStore(OrderChanges, ABC):
         if not self._delete_deployment(name):
             raise NotFound(f"there is no deployment named {name!r}")
 
-    def change_deployment(self, name: str, **facts: str | float | None) -> Deployment:
+    def change_deployment(self, name: str, **facts: str | float | Allowed | None) -> Deployment:
         """Set what an operator may change of a deployment."""
         self._require_transaction()
         old = next((each for each in self.deployments() if each.name == name), None)
@@ -329,6 +344,8 @@ class SharedStore(OrderChanges, ABC):
     def _insert_token(self, token: Token) -> bool: ...
     @abstractmethod
     def _revoke_token(self, token_id: str, now: float) -> None: ...
+    @abstractmethod
+    def _limit_token(self, token_id: str, limits: Allowed) -> None: ...
     @abstractmethod
     def _insert_deployment(self, deployment: Deployment) -> bool: ...
     @abstractmethod

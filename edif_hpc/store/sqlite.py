@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from edif_hpc.domain.allocation import Allocation, AllocationEvent, Peer
 from edif_hpc.domain.deployment import Deployment
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Token
 from edif_hpc.domain.request import STORED, NewRequest, Request, RequestState
 from edif_hpc.errors import EdifError, StoreUnavailable, TransitionRefused
@@ -312,10 +313,13 @@ class SqliteStore(SharedStore):
 
     # -- people ----------------------------------------------------------------------------------
     def _insert_token(self, token: Token) -> bool:
-        return bool(self._write("insert_token", rows.params(token)))
+        return bool(self._write("insert_token", rows.token_params(token)))
 
     def _revoke_token(self, token_id: str, now: float) -> None:
         self._write("revoke_token", {"id": token_id, "now": now})
+
+    def _limit_token(self, token_id: str, limits: Allowed) -> None:
+        self._write("limit_token", {"id": token_id, "limits": rows.encode(limits.numbers())})
 
     def tokens(self) -> list[Token]:
         """All, the oldest first."""

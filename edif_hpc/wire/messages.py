@@ -231,6 +231,7 @@ class Grant(Message, frozen=True, tag="grant"):
     compress: bool
     env: dict[str, Any]
     limits: dict[str, float]
+    limit_sources: dict[str, Text] = {}  #: who set each of them, for the error that names it
     blob: bytes | None = None
     blob_url: Text = ""
     blob_bytes: Size = 0

@@ -14,6 +14,7 @@ from edif_hpc.domain.adapter import Adapter
 from edif_hpc.domain.allocation import Allocation, AllocationState, Peer, PeerRole
 from edif_hpc.domain.deployment import Deployment
 from edif_hpc.domain.lease import CRASH_BUDGET, QUARANTINE_WORKERS, LeaseEnd
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Role, Token
 from edif_hpc.domain.request import (
     Failure,
@@ -508,7 +509,12 @@ def test_charges_and_run_times(store: Store, do: Any) -> None:
 
 def test_tokens(store: Store, do: Any) -> None:
     full = new_token(
-        "bob", created_at=40.0, expires_at=9.0, max_wall_s=1.0, queue_s=2.0, keep=True
+        "bob",
+        created_at=40.0,
+        expires_at=9.0,
+        queue_s=2.0,
+        keep=True,
+        limits=Allowed(wall_s=1.5, gpu_memory_bytes=1 << 40, saved_tensors=3),
     )
     do.add_token(new_token())
     do.add_token(full)
@@ -520,6 +526,11 @@ def test_tokens(store: Store, do: Any) -> None:
     assert store.tokens()[1] == new_token(revoked_at=60.0)
     with pytest.raises(NotFound, match="eve"):
         do.revoke_token("eve", 60.0)
+    fewer = Allowed(log_lines=5)
+    assert do.limit_token("ada", lambda _: fewer) == new_token(revoked_at=60.0, limits=fewer)
+    assert store.tokens()[1] == new_token(revoked_at=60.0, limits=fewer)
+    with pytest.raises(NotFound, match="eve"):
+        do.limit_token("eve", lambda _: fewer)
 
 
 # -- deployments, allocations, peers -------------------------------------------------------------
@@ -529,9 +540,14 @@ def test_deployments(store: Store, do: Any) -> None:
     tiny = Deployment(name="tiny", repo_id="edif/tiny", revision=None, task="text-generation")
     big = replace(tiny, name="big", revision="v2", source="/models", trust_remote_code=True)
     big = replace(big, adapters=(Adapter(repo_id="a/b"), Adapter(repo_id="a/c", revision="v1")))
-    big = replace(big, more_tasks=("feature-extraction", "fill-mask"))
+    big = replace(big, more_tasks=("feature-extraction", "fill-mask"), weights="shared")
+    big = replace(big, limits=Allowed(wall_s=0.5, scratch_bytes=1 << 40))
     do.add_deployment(tiny)
     do.add_deployment(big)
+    assert store.deployments() == [big, tiny]
+    fewer = Allowed(log_lines=7)
+    assert do.change_deployment("big", limits=fewer) == replace(big, limits=fewer)
+    big = replace(big, limits=fewer)
     assert store.deployments() == [big, tiny]
     with pytest.raises(Conflict, match="tiny"):
         do.add_deployment(replace(tiny, repo_id="edif/other"))

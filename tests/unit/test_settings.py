@@ -70,6 +70,8 @@ def test_the_file_is_found_by_the_environment(file: Path, tmp_path: Path) -> Non
         ({"s3_link_s": 8 * 24 * 3600}, {}, "", ["s3_link_s", "604800"]),
         ({"s3_prefix": "a"}, {}, "", ["s3_prefix is 'a'", "slash"]),
         ({"s3_prefix": "a?/"}, {}, "", ["s3_prefix"]),
+        ({"request_rate": 0}, {}, "", ["request_rate is 0", "at least 1"]),
+        ({}, {"EDIF_RELAY_MAX_CONNECTIONS": "-5"}, "", ["max_connections is -5"]),
     ],
 )
 def test_what_is_refused(
@@ -178,7 +180,7 @@ def test_a_repr_hides_secrets() -> None:
 
 
 def test_every_setting_says_what_it_is() -> None:
-    source = Path(settings.__file__).read_text()
+    source = "".join(each.read_text() for each in Path(settings.__file__).parent.glob("*.py"))
     for cls in (RelaySettings, ClientSettings):
         for each in dataclasses.fields(cls):
             assert re.search(rf"    #: \S.*\n    {each.name}: ", source), each.name

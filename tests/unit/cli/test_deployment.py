@@ -150,3 +150,31 @@ def test_rm(relay: Any, run: Callable[..., Any]) -> None:
 def test_a_name_is_one_part_of_the_path(relay: Any, complain: Callable[..., str]) -> None:
     complain(Exit.REFUSED, "deployment", "rm", "../tokens")
     assert relay.calls[0].path == f"{PATH}/..%2Ftokens"
+
+
+def test_limits_are_set_when_it_is_added(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("POST", PATH, ADDED)
+    run("deployment", "add", "edif/tiny-gpt2", "--max-wall", "2h", "--max-saved", "5")
+    assert relay.bodies("POST", PATH) == [
+        {"repo_id": "edif/tiny-gpt2", "limits": {"wall_s": 7200.0, "saved_tensors": 5}}
+    ]
+
+
+def test_limits_are_changed_and_shown(relay: Any, run: Callable[..., Any]) -> None:
+    limited = ADDED | {"limits": {"scratch_bytes": 512 << 20, "wall_s": None}}
+    relay.on("POST", f"{PATH}/tiny/limits", limited)
+    relay.on("GET", PATH, {"deployments": [limited]})
+    result = run("deployment", "set", "tiny", "--max-scratch", "512MiB", "--max-wall", "none")
+    assert result.stdout == "limits of tiny: scratch 512 MiB\n"
+    body = {"scratch_bytes": 512 << 20, "wall_s": None}
+    assert relay.bodies("POST", f"{PATH}/tiny/limits") == [body]
+    shown = run("deployment", "show", "tiny").stdout
+    assert "scratch 512 MiB" in shown
+
+
+def test_the_way_of_weights_is_sent(relay: Any, run: Callable[..., Any]) -> None:
+    relay.on("POST", PATH, ADDED)
+    run("deployment", "add", "edif/tiny-gpt2", "--device", "cuda", "--weights", "shared")
+    assert relay.bodies("POST", PATH) == [
+        {"repo_id": "edif/tiny-gpt2", "device": "cuda", "weights": "shared"}
+    ]

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from edif_hpc.cli.allocations.local import LocalSite
+from edif_hpc.cli.allocations.up_here import local_site
 from edif_hpc.cli.allocations.words import rows
 from edif_hpc.cli.api import Api
+from edif_hpc.cli.context import Context
 from edif_hpc.cli.exits import Exit
 from edif_hpc.errors import LaunchError
 from edif_hpc.settings import ClientSettings
@@ -89,6 +91,22 @@ def test_an_order_is_for_its_owner_alone(api: Api, relay: Any, tmp_path: Path) -
     )
     assert order.engine == engine
     assert relay.bodies("POST", "/api/allocations/a0/submitted") == [{"job_id": "job1"}]
+
+
+def test_stores_and_libraries_of_this_machine(
+    environ: dict[str, str], relay: Any, complain: Callable[..., str], tmp_path: Path
+) -> None:
+    """They reach the engine; what holds our own files is no store."""
+    ctx = Context(environ=environ, config=Path(environ["EDIF_CONFIG"]))
+    store = tmp_path / "data"
+    store.mkdir()
+    engine = local_site(ctx, {"stores": (store,), "libraries": (store,)}).engine
+    assert (engine.stores, engine.libraries) == ((str(store),), (str(store),))
+    assert local_site(ctx, {}).engine.readable == ()
+    for option in ("--store", "--library"):
+        said = complain(Exit.REFUSED, "up", "tiny", option, str(tmp_path))
+        assert "every request may read there then" in said
+    assert not relay.calls
 
 
 @pytest.mark.parametrize(
@@ -355,9 +373,17 @@ def test_ps_json_has_the_path_of_the_log(
     assert [each["log"] for each in json.loads(run("ps", "--json").stdout)] == [str(log), None]
 
 
-@pytest.mark.parametrize(("unverified", "shown"), [(True, "full, unverified"), (False, "full")])
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ({"unverified": True}, "full, unverified"),
+        ({"unverified": True, "weights": "shared"}, "full, shared, unverified"),
+        ({"unverified": False, "weights": "private"}, "full, private"),
+        ({"unverified": False, "weights": "mapped"}, "full"),
+    ],
+)
 def test_isolation_on_a_device_where_it_was_not_tried_is_shown_as_such(
-    unverified: bool, shown: str
+    told: dict[str, Any], shown: str
 ) -> None:
-    [row] = rows([line(state="running", worker=WARM | {"unverified": unverified})])
+    [row] = rows([line(state="running", worker=WARM | told)])
     assert row["isolation"] == shown

@@ -17,12 +17,13 @@ from edif_hpc.domain.deployment import (
     check_device,
     check_env,
     check_name,
+    check_weights,
     default_name,
     each_task,
     find_deployment,
     parse_model_key,
 )
-from edif_hpc.errors import InvalidInput, NotFound
+from edif_hpc.errors import InvalidInput, NotFound, NotPermitted
 
 CLASS = "nnsight.modeling.transformers.TransformersModel"
 TINY = Deployment(name="tiny", repo_id="edif/Tiny", revision=None, task="text-generation")
@@ -140,6 +141,18 @@ def test_what_a_deployment_serves(key: ModelKey, *, trusting: bool, served: bool
     assert replace(TINY, trust_remote_code=trusting).serves(key) is served
 
 
+def test_own_code_of_a_model_needs_the_operators_word() -> None:
+    key = replace(KEY, trust_remote_code=True)
+    with pytest.raises(
+        NotPermitted, match=r"deployed here without its own code.*--trust-remote-code"
+    ):
+        find_deployment(key, [TINY])
+    trusting = replace(TINY, name="trusting", trust_remote_code=True)
+    assert find_deployment(key, [TINY, trusting]) is trusting
+    with pytest.raises(NotFound):
+        find_deployment(replace(key, repo_id="edif/other"), [TINY])
+
+
 def test_a_deployment_serves_its_own_keys() -> None:
     several = replace(TINY, more_tasks=("feature-extraction", "fill-mask"))
     for each in [TINY, several, replace(TINY, revision="v2", trust_remote_code=True)]:
@@ -213,11 +226,28 @@ def test_devices_that_are_served(device: str) -> None:
 @pytest.mark.parametrize(
     ("device", "executors", "said"),
     [
-        ("cuda:0,1", 1, "over several GPUs is not served yet"),
-        ("rocm", 1, "cuda for one GPU of NVIDIA or AMD"),
+        ("cuda:0,1", 1, "choose cpu, or cuda for GPUs of NVIDIA or AMD"),
+        ("rocm", 1, "cuda for GPUs of NVIDIA or AMD"),
         ("cuda", 2, "one request at a time"),
     ],
 )
 def test_devices_that_are_refused(device: str, executors: int, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         check_device(device, executors=executors)
+
+
+@pytest.mark.parametrize(
+    ("weights", "device"),
+    [("auto", "cpu"), ("private", "cuda"), ("shared", "cuda"), ("shared", "cpu:0")],
+)
+def test_ways_of_weights_that_are_taken(weights: str, device: str) -> None:
+    assert check_weights(weights, device=device) == weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "said"),
+    [("lent", "cuda", "choose one of: auto, private, shared"), ("shared", "cpu", "are for a GPU")],
+)
+def test_ways_of_weights_that_are_refused(weights: str, device: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        check_weights(weights, device=device)

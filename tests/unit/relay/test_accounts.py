@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.people import Role, Token
-from edif_hpc.errors import InvalidInput, NotAuthenticated, StoreUnavailable
+from edif_hpc.errors import InvalidInput, NotAuthenticated, NotFound, StoreUnavailable
 from edif_hpc.relay.accounts import Accounts, credential
 from edif_hpc.testing.clock import ManualClock
 
@@ -30,6 +31,13 @@ class Rows:
 
     def add_token(self, token: Token) -> None:
         self.tokens[token.id] = token
+
+    def limit_token(self, token_id: str, change: Callable[[Allowed], Allowed]) -> Token:
+        if token_id not in self.tokens:
+            raise NotFound(f"there is no token {token_id}")
+        old = self.tokens[token_id]
+        self.tokens[token_id] = replace(old, limits=change(old.limits))
+        return self.tokens[token_id]
 
     def revoke_token(self, token_id: str, now: float) -> Token:
         self.tokens[token_id] = replace(self.tokens[token_id], revoked_at=now)
@@ -104,11 +112,33 @@ async def test_what_is_not_committed_does_not_hold(accounts: Accounts, rows: Row
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": " "}, {"name": "a\nb"}, {"name": "x" * 81}, {"queue_s": 0.0}, {"max_wall_s": -1.0}],
+    [
+        {"name": " "},
+        {"name": "a\nb"},
+        {"name": "x" * 81},
+        {"queue_s": 0.0},
+        {"limits": Allowed(wall_s=-1.0)},
+        {"limits": Allowed(log_lines=0)},
+    ],
 )
 async def test_senseless_tokens(accounts: Accounts, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         await accounts.create(**({"name": "Ada"} | wrong))
+
+
+async def test_limits_hold_once_they_are_committed(accounts: Accounts, rows: Any) -> None:
+    token, text = await accounts.create(name="Ada", limits=Allowed(wall_s=5.0, log_lines=7))
+    changed = await accounts.limit(token.id, lambda old: replace(old, wall_s=None, log_bytes=9))
+    assert changed.limits == Allowed(log_lines=7, log_bytes=9)
+    assert accounts.authenticate(text) == changed
+    with pytest.raises(InvalidInput, match="log_lines"):
+        await accounts.limit(token.id, lambda old: replace(old, log_lines=0))
+    with pytest.raises(NotFound):
+        await accounts.limit("nobody", lambda old: old)
+    rows.failure = StoreUnavailable("full")
+    with pytest.raises(StoreUnavailable):
+        await accounts.limit(token.id, lambda _: Allowed())
+    assert accounts.authenticate(text) == changed
 
 
 @pytest.mark.parametrize(

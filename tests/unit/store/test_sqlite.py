@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from edif_hpc.domain.limits import Allowed
 from edif_hpc.domain.request import Limits, NewRequest
 from edif_hpc.errors import StoreUnavailable, TransitionRefused
 from edif_hpc.store import sql
@@ -251,6 +252,29 @@ def test_a_deployment_from_before_there_were_adapters_has_none(path: Path) -> No
         store.open()
         [old] = store.deployments()
         assert (old.name, old.adapters, old.tasks) == ("old", (), ("t",))
+
+
+def test_rows_from_before_there_were_limits_keep_what_they_said(path: Path) -> None:
+    class Before(SqliteStore):
+        """As it was before."""
+
+        def _steps(self) -> list[sql.Migration]:
+            return sql.load_migrations()[:4]
+
+    with closing(Before(path)) as store:
+        store.open()
+        writer = store._open_writer()
+        writer.execute(
+            "INSERT INTO tokens VALUES ('t', 'Ada', 'researcher', 'x', 1.0, NULL, NULL, 1.5, NULL, 1)"
+        )
+        writer.execute(
+            "INSERT INTO tokens VALUES ('u', 'Eve', 'operator', 'y', 2.0, NULL, NULL, NULL, 3.0, 0)"
+        )
+    with closing(SqliteStore(path)) as store:
+        store.open()
+        ada, eve = store.tokens()
+        assert (ada.name, ada.limits, ada.keep) == ("Ada", Allowed(wall_s=1.5), True)
+        assert (eve.name, eve.limits, eve.queue_s) == ("Eve", Allowed(), 3.0)
 
 
 def test_a_newer_schema_is_refused(path: Path) -> None:
