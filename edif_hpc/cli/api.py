@@ -54,9 +54,11 @@ class Api:
         """The JSON of a DELETE."""
         return self._call("DELETE", path, params=params).json()
 
-    def open(self, path: str) -> httpx.Response:
-        """A GET of what needs no token."""
-        return self._send("GET", path, {})
+    def open(self, path: str, *, signed: bool = False) -> httpx.Response:
+        """A GET of what needs no token; `signed` shows it if there is one, which may bring more."""
+        shown = signed and self._token is not None
+        headers = {"authorization": f"Bearer {self._token}"} if shown else {}
+        return self._send("GET", path, headers)
 
     def _call(self, method: str, path: str, **more: Any) -> httpx.Response:
         if self._token is None:

@@ -113,7 +113,7 @@ def _relay(ctx: Context) -> Iterator[Finding]:
         return
     try:
         before = SystemClock().wall()
-        response = api.open("/ping")
+        response = api.open("/ping", signed=True)
     except EdifError as error:
         yield fail("relay", str(error), "nothing else can be asked of it")
         return
@@ -128,7 +128,7 @@ def _relay(ctx: Context) -> Iterator[Finding]:
 def _same_version(told: str | None) -> Finding:
     what, own = "relay's version", _version(PACKAGE) or "unknown"
     if told is None:
-        way_out = "it is older than this edif-hpc, or something between strips the header"
+        way_out = "it is older than this edif-hpc, or does not know your token, or something between strips the header"
         return warn(what, f"not told; this is {own}", way_out)
     if told != own:
         return warn(what, f"{told}, and this is {own}", f"pip install {PACKAGE}=={told}")
@@ -199,7 +199,7 @@ def _data_dir(ctx: Context) -> Iterator[Finding]:
 
 def _isolation() -> Finding:
     """How strongly a worker on this machine could wall in what it runs, found by trying."""
-    from edif_hpc.worker.engine.jail import probe
+    from edif_hpc.worker.engine.probing import probe
     from edif_hpc.worker.engine.values import Level
 
     what = "isolation"
@@ -212,7 +212,7 @@ def _isolation() -> Finding:
         return ok(what, f"a worker here would reach level {layers.level}")
     return warn(
         what, f"a worker here would reach only level {layers.level} ({'; '.join(missing)})",
-        "level full needs user namespaces and Landlock from the kernel",
+        "what the kernel has to offer: docs/howto/read-a-level.md",
     )  # fmt: skip
 
 

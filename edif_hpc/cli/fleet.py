@@ -65,6 +65,20 @@ timeout_option = click.option(
     default="full",
     help="The strongest isolation to try.",
 )
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder that requests may read, such as data sets; may be given again.",
+)
+@click.option(
+    "--library",
+    "libraries",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of more Python packages (pip install --target); may be given again.",
+)
 @click.option("--hub-endpoint", metavar="URL", envvar="HF_ENDPOINT", help="Where models are.")
 @click.option("--hub-cache", metavar="PATH", envvar="HF_HUB_CACHE", help="Where they are kept.")
 @click.option("--hub-token", envvar="HF_TOKEN", hidden=True)

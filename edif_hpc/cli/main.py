@@ -19,6 +19,7 @@ import click
 from edif_hpc.cli.context import Context
 from edif_hpc.cli.exits import Exit, exit_code
 from edif_hpc.cli.lazy import Entry, LazyGroup
+from edif_hpc.cli.show import plainly
 from edif_hpc.errors import EdifError
 
 ENTRIES = {
@@ -61,6 +62,10 @@ ENTRIES = {
     "request": Entry(place="edif_hpc.cli.request:request", summary="Look after requests."),
     "token": Entry(place="edif_hpc.cli.token:token", summary="Who may use the relay."),
     "status": Entry(place="edif_hpc.cli.status:status", summary="The relay at a glance."),
+    "env": Entry(
+        place="edif_hpc.cli.env:env",
+        summary="What a request finds where it runs, and what it may do there.",
+    ),
     "doctor": Entry(
         place="edif_hpc.cli.doctor:doctor", summary="Check this machine and its relay."
     ),
@@ -84,7 +89,8 @@ class Root(LazyGroup):
         extra = {"prog_name": "edif-hpc", **extra}
         standalone = extra.pop("standalone_mode", True)
         run = functools.partial(super().main, *args, standalone_mode=False, **extra)
-        return sys.exit(_ended(run)) if standalone else run()
+        with plainly():
+            return sys.exit(_ended(run)) if standalone else run()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

@@ -9,7 +9,7 @@ import click
 from edif_hpc.cli.context import Context, pass_context
 from edif_hpc.cli.show import json_option, listing, print_json
 
-COLUMNS = ("replica", "repo_id", "task", "state", "why")
+COLUMNS = ("replica", "repo_id", "task", "state", "isolation", "why")
 
 
 @click.command()

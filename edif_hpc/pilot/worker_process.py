@@ -127,7 +127,12 @@ async def _spawn(command: list[str], environ: Mapping[str, str] | None, *, stdin
 def _layout(order: PilotOrder, scratch: Path) -> container.Layout:
     cache = Path(order.engine.hub_cache) if order.engine.hub_cache else None
     writable = cache is not None and (not cache.exists() or os.access(cache, os.W_OK))
-    return container.Layout.below(scratch, hub_cache=cache, hub_cache_writable=writable)
+    return container.Layout.below(
+        scratch,
+        hub_cache=cache,
+        hub_cache_writable=writable,
+        readable=tuple(map(Path, order.engine.readable)),
+    )
 
 
 async def _prepare(

@@ -2,8 +2,8 @@
 
 The container is the second wall around users' code, and makes every node the same. It sees no home, nothing of the host's
 /tmp and no other process; its image is read-only, its environment is what is written here. Paths mean the same inside as
-outside, so that a message of the worker names a file that an operator can find. Three things are let in: the scratch of
-the worker, the cache of the hub, and the worker's order. The order is the only one with secrets, and it is a file of
+outside, so that a message of the worker names a file that an operator can find. Let in are the scratch of the worker, the
+cache of the hub, the site's stores and libraries, read-only, and the worker's order. The order is the only one with secrets, and it is a file of
 mode 0600: command lines are public on a node, and environments are inherited.
 
 Apptainer's own init is kept (no `--no-init`, no `--compat`): it is process 1 of the container, hands signals to the worker
@@ -41,9 +41,17 @@ class Layout:
     env_file: Path
     hub_cache: Path | None = None
     hub_cache_writable: bool = True
+    readable: tuple[Path, ...] = ()  #: stores and libraries, which requests may read
 
     @classmethod
-    def below(cls, folder: Path, *, hub_cache: Path | None, hub_cache_writable: bool) -> Layout:
+    def below(
+        cls,
+        folder: Path,
+        *,
+        hub_cache: Path | None,
+        hub_cache_writable: bool,
+        readable: tuple[Path, ...] = (),
+    ) -> Layout:
         """The layout in a pilot's scratch."""
         return cls(
             scratch=folder / "worker",
@@ -53,6 +61,7 @@ class Layout:
             env_file=folder / "worker.env",
             hub_cache=hub_cache,
             hub_cache_writable=hub_cache_writable,
+            readable=readable,
         )
 
     @property
@@ -72,6 +81,7 @@ def exec_argv(
     ]
     if layout.hub_cache is not None:
         mounts.append(_mount(layout.hub_cache, writable=layout.hub_cache_writable))
+    mounts += [_mount(each, writable=False) for each in layout.readable]
     return [
         order.apptainer,
         "--quiet",

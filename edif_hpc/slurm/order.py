@@ -20,6 +20,7 @@ Vendor = Literal["nvidia", "amd", "none"]
 RouteKind = Literal["direct", "socks", "connect", "login"]
 #: The worker that serves models; tests have others.
 WORKER: Final = "edif_hpc.worker.app"
+REACH: Final = "edif_hpc.worker.reach"  #: tells which level of isolation a worker reaches
 SERVED: Final = (
     "served"  #: a file in the worker's scratch: how many requests it ran, when it ends in order
 )
@@ -34,6 +35,13 @@ class WorkerExit(IntEnum):
     ENGINE_DIED = 5  #: the zygote died; start again
 
 
+class Reach(msgspec.Struct, frozen=True, kw_only=True):
+    """What `edif_hpc.worker.reach` says of a machine."""
+
+    level: str  #: the strongest level of isolation that holds
+    missing: tuple[str, ...]  #: what stronger ones failed on
+
+
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a site says about running engines: where models come from, and how much to use."""
 
@@ -43,8 +51,19 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: int = 0  #: compute threads of one executor; 0 takes torch's own choice, the cores of this process
     ready: int = 2  #: executors held ready ahead of need
     isolation_ceiling: str = "full"  #: the strongest level to try
+    stores: tuple[
+        str, ...
+    ] = ()  #: folders that requests may read, such as data sets; never written
+    libraries: tuple[
+        str, ...
+    ] = ()  #: folders of Python packages, searched after the installed ones; never written
     log_level: str = "info"
     failpoints: str = ""
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """All folders that requests are let into."""
+        return self.stores + self.libraries
 
 
 class ContainerOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ from edif_hpc.slurm.container import Layout, exec_argv, host_environment
 from edif_hpc.slurm.devices import visible_devices
 from edif_hpc.slurm.finding import Finding, fail, ok, warn
 from edif_hpc.slurm.mounts import IN_MEMORY, SHARED, kind_of
-from edif_hpc.slurm.order import ContainerOrder, write_private
+from edif_hpc.slurm.order import REACH, ContainerOrder, Reach, write_private
 from edif_hpc.slurm.site import Gpu, Site
 from edif_hpc.slurm.status import Slurm
 from edif_hpc.slurm.submit import SlurmSubmitter, submission_for
@@ -90,6 +90,7 @@ def look_around(order: ProbeOrder, folder: Path, environ: Mapping[str, str]) -> 
         _namespaces(),
         *_scratch(scratch, site.scratch),
         *_container(site, gpu, scratch, environ),
+        *_readable(site),
         _walltime(site, environ),
         submits,
     )
@@ -137,7 +138,7 @@ def _namespaces() -> Finding:
     code, said = _try(["unshare", "--user", "--map-root-user", "true"])
     if code == 0:
         return ok(what, "work")
-    return warn(what, f"do not work: {said}", "isolation is weaker, and apptainer needs its setuid form: ask the site")  # fmt: skip
+    return warn(what, f"do not work: {said}", "apptainer needs its setuid form then, and isolation is weaker: docs/howto/read-a-level.md")  # fmt: skip
 
 
 def _scratch(folder: Path, written: str) -> Iterator[Finding]:
@@ -178,6 +179,18 @@ def _speed(folder: Path) -> float:
         path.unlink(missing_ok=True)
 
 
+def _readable(site: Site) -> Iterator[Finding]:
+    """Whether what requests may read is here, and for reading only."""
+    for folder in site.engine.readable:
+        what = f"store {folder}"
+        if not os.access(folder, os.R_OK | os.X_OK):
+            yield fail(what, "cannot be read on this node", "mend its path in [engine], or put it on a file system that nodes share")  # fmt: skip
+        elif site.container is None and os.access(folder, os.W_OK):
+            yield warn(what, "this account may write it, and without an image a worker below level no-namespaces lets requests do so", "have another account own it")  # fmt: skip
+        else:
+            yield ok(what, f"{kind_of(Path(folder))}, readable")
+
+
 # -- containers --------------------------------------------------------------------------------------------------------------
 
 
@@ -189,12 +202,14 @@ def _container(
     code, said = _try([program, "--version"])
     if code != 0 and facts is None:
         yield ok("apptainer", "not here, and no image is set: workers run on the host")
+        yield _level(_try([sys.executable, "-P", "-m", REACH]))
         return
     if code != 0:
         yield fail("apptainer", f"{program}: {said}", "load its module in `setup`, or give its path in [container]")  # fmt: skip
         return
     yield ok("apptainer", said)
     if facts is None:
+        yield _level(_try([sys.executable, "-P", "-m", REACH]))
         return
     if not os.access(facts.image, os.R_OK):
         yield fail("image", f"{facts.image} cannot be read on this node", "put it on a file system that nodes share")  # fmt: skip
@@ -206,26 +221,56 @@ def _container(
         binds=facts.binds,
         env=facts.env,
     )
-    yield _image(order, scratch / f"edif-probe-{os.getpid()}", environ)
-
-
-def _image(order: ContainerOrder, scratch: Path, environ: Mapping[str, str]) -> Finding:
-    """Start it as a worker is started, and have its Python tell which edif-hpc it has."""
-    what = "image"
-    layout = Layout.below(scratch, hub_cache=None, hub_cache_writable=False)
-    command = [order.python, "-c", _VERSION]
+    inside = _Inside(order, scratch / f"edif-probe-{os.getpid()}", environ)
     try:
+        code, said = inside.run("-c", _VERSION)
+        yield _image(order, code, said)
+        if code == 0:
+            yield _level(inside.run("-P", "-m", REACH))
+    except OSError as error:
+        yield fail("image", f"it could not be tried: {error}", "mend the scratch first")
+    finally:
+        inside.end()
+
+
+class _Inside:
+    """The image, started as a worker is started."""
+
+    def __init__(self, order: ContainerOrder, scratch: Path, environ: Mapping[str, str]) -> None:
+        self._order, self._scratch, self._environ = order, scratch, environ
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run its Python; the exit code, and the last of what it said."""
+        layout = Layout.below(self._scratch, hub_cache=None, hub_cache_writable=False)
         for folder in layout.folders:
             folder.mkdir(parents=True, exist_ok=True)
         for file in (layout.order, layout.env_file):
             write_private(file, b"")
-        argv = exec_argv(order, layout, image=Path(order.image), command=command)
-        code, said = _try(argv, host_environment(layout, environ))
-    except OSError as error:
-        return fail(what, f"it could not be tried: {error}", "mend the scratch first")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    own = _own_version()
+        command = [self._order.python, *arguments]
+        argv = exec_argv(self._order, layout, image=Path(self._order.image), command=command)
+        return _try(argv, host_environment(layout, self._environ))
+
+    def end(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _level(answer: tuple[int, str]) -> Finding:
+    """Which level of isolation a worker would reach here, and what stands in the way of a better one."""
+    what, (code, said) = "isolation", answer
+    try:
+        found = msgspec.json.decode(said, type=Reach)
+    except msgspec.MsgspecError:
+        return fail(what, f"it could not be tried (exit code {code}): {said}", "mend what is said above first")  # fmt: skip
+    if not found.missing:
+        return ok(what, f"a worker here reaches level {found.level}")
+    lacking = "; ".join(found.missing)
+    return warn(what, f"a worker here reaches only level {found.level} ({lacking})", "what to ask the site for: docs/howto/read-a-level.md")  # fmt: skip
+
+
+def _image(order: ContainerOrder, code: int, said: str) -> Finding:
+    """Whether its Python could tell which edif-hpc it has."""
+    what, own = "image", _own_version()
     if code != 0:
         return fail(what, f"{order.image}: {said}", "these are apptainer's own words; see docs/howto/images.md")  # fmt: skip
     if own is not None and said != own:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args
 
@@ -109,6 +109,12 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         """The route, as pilots are told."""
         found = str(self.forward_file) if self.route == "login" else ""
         return Route(kind=self.route, proxy=self.proxy, forward_file=found)
+
+
+def holding(folder: Path, private: Iterable[Path]) -> Path | None:
+    """The first of the private places that lie in a folder, if any does."""
+    real = folder.resolve()
+    return next((each for each in private if each.resolve().is_relative_to(real)), None)
 
 
 def load_site(path: Path) -> Site:
@@ -214,6 +220,7 @@ class _Reader:
                 "gpus", "is missing; a Slurm site needs at least one table [gpus.NAME]"
             )
         self._check_route(site)
+        self._check_readable(site)
         if site.kill_wait_s < 1:
             raise self._wrong("kill_wait_s", f"is {site.kill_wait_s}; it must be 1 or more")
         for line in site.setup:
@@ -234,6 +241,20 @@ class _Reader:
         ):  # sbatch reads it in a line of a script, where % is for job ids
             path = str(site.state_dir)
             self._must(_IN_SCRIPT, "state_dir", path, "a path without spaces, % and backslashes")
+
+    def _check_readable(self, site: Site) -> None:
+        """What requests may read must be named in full, and hold none of our secrets."""
+        for name in ("stores", "libraries"):
+            for folder in getattr(site.engine, name):
+                where, path = f"engine.{name}", Path(folder)
+                if not path.is_absolute() or ".." in path.parts:
+                    raise self._wrong(where, f"has {folder!r}; it must be an absolute path")
+                held = holding(path, (site.state_dir, Path.home()))
+                if held is not None:
+                    raise self._wrong(
+                        where,
+                        f"has {folder!r}, where every request may read then; {held} is in it: name a smaller folder",
+                    )
 
     def _check_route(self, site: Site) -> None:
         if site.proxy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from edif_hpc.cli.api import Api
 from edif_hpc.cli.context import Context
 from edif_hpc.cli.show import Progress, duration
 from edif_hpc.cli.watch import watch
-from edif_hpc.errors import LaunchError
+from edif_hpc.errors import InvalidInput, LaunchError
 from edif_hpc.slurm.order import EngineFacts
+from edif_hpc.slurm.site import holding
 
 
 def bring_up(
@@ -62,6 +63,8 @@ def local_site(ctx: Context, options: Mapping[str, Any]) -> LocalSite:
         threads=options.get("threads", 0),
         ready=options.get("ready", 2),
         isolation_ceiling=options.get("isolation_ceiling", "full"),
+        stores=_readable(ctx, "--store", options.get("stores", ())),
+        libraries=_readable(ctx, "--library", options.get("libraries", ())),
     )
     folder = options.get("state_dir") or local_folder(ctx)
     return LocalSite(folder=folder.absolute(), engine=engine)
@@ -114,6 +117,18 @@ def _bury(api: Api, site: LocalSite, line: Line) -> None:
     """Tell the relay that an allocation of this machine is over, so that its slot is free."""
     body = {"cause": "the pilot died", "detail": "\n".join(site.tail(line["name"]))}
     api.post(f"/api/allocations/{line['allocation']}/failed", body)
+
+
+def _readable(ctx: Context, option: str, folders: Iterable[Path]) -> tuple[str, ...]:
+    """Folders that requests may read; none that holds what is ours alone."""
+    private = (ctx.state_dir, ctx.config_file, Path.home())
+    for each in folders:
+        held = holding(each, private)
+        if held is not None:
+            raise InvalidInput(
+                f"{option} {each}: every request may read there then, and {held} is in it; name a smaller folder"
+            )
+    return tuple(str(each.absolute()) for each in folders)
 
 
 def _hub_cache(environ: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from edif_hpc.cli.allocations.targets import Line, slot_of
 from edif_hpc.cli.show import duration
 from edif_hpc.clock import SystemClock
+from edif_hpc.domain.deployment import ON_DEVICES
 
 
 def state(line: Line) -> str:
@@ -68,9 +69,12 @@ def successor(line: Line, by_name: dict[str, Line]) -> str | None:
 
 
 def _isolation(worker: dict[str, Any]) -> str | None:
-    """The level, and whether it has been tried on such a device."""
-    level = worker.get("isolation")
-    return f"{level}, unverified" if level and worker.get("unverified") else level
+    """The level, how executors have the weights on a device, and whether that has been tried on such a one."""
+    level, weights = worker.get("isolation"), worker.get("weights")
+    if not level:
+        return None
+    words = [level, *([weights] if weights in ON_DEVICES else [])]
+    return ", ".join([*words, *(["unverified"] if worker.get("unverified") else [])])
 
 
 def rows(lines: Iterable[Line]) -> Iterator[dict[str, Any]]:

@@ -130,6 +130,9 @@ def _lines(a: Answers) -> Iterator[str]:
     yield "# Where workers get models from. Left out, it is the Hub, and a cache on the scratch."
     yield "[engine]" if a.hub_cache else "# [engine]"
     yield _line("hub_cache", _quoted(a.hub_cache) if a.hub_cache else None, '"/shared/models"')
+    yield "# Folders that requests may read, and folders of more Python packages (docs/howto/libraries.md)."
+    yield '# stores = ["/shared/datasets"]'
+    yield '# libraries = ["/shared/python"]'
     for gpu in a.gpus:
         yield ""
         yield from _gpu(gpu)

@@ -36,11 +36,15 @@ def public() -> Iterator[Path]:
 def stack(
     container: ContainerOrder, ordinary_user: list[str], tiny_gpt2: Path, public: Path
 ) -> Iterator[Stack]:
-    """A relay here, and pilots that run as an ordinary user."""
+    """A relay here, and pilots that run as an ordinary user; the site has a store."""
+    store = public / "store"
+    store.mkdir()
+    store.chmod(0o777)  # nobody writes there all the same
+    (store / "numbers.csv").write_text("a,b\n1,2\n3,5\n")
     with Stack(
         root=public / "stack",
         models={MODEL: tiny_gpt2},
-        engine=EngineFacts(threads=1, hub_token=HUB_TOKEN),
+        engine=EngineFacts(threads=1, hub_token=HUB_TOKEN, stores=(str(store),)),
         container=container,
         user="nobody" if ordinary_user else None,
     ) as stack:

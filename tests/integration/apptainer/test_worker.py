@@ -32,6 +32,23 @@ with model.trace("The container is", remote=True):
     hidden = model.transformer.h[1].output[0].save()
 report(shape=list(hidden.shape))
 """
+FROM_STORE = """
+import nnsight
+store = {store!r}
+with model.session(remote=True):
+    import datasets, einops, pandas
+    from pathlib import Path
+    from sklearn.decomposition import PCA
+    table = pandas.read_csv(f"{{store}}/numbers.csv")
+    shape = nnsight.save(PCA(n_components=1).fit_transform(table).shape)
+    total = nnsight.save(sum(datasets.Dataset.from_pandas(table)["b"]))
+    error = nnsight.save("none")
+    try:
+        Path(store, "left").touch()
+    except OSError as denied:
+        error = nnsight.save(type(denied).__name__)
+report(shape=list(shape), total=total, error=error)
+"""
 LARGE_TRACE = """
 import torch
 with model.trace("The result is", remote=True):
@@ -82,6 +99,10 @@ def test_it_serves_and_drains(stack: Stack, tmp_path: Path) -> None:
     with ClientProcess(stack.client_environ(stack.token("ada")), tmp_path / "client") as client:
         client.run(PROLOGUE)
         assert client.run(TRACE)["shape"][-1] == 64
+        told = client.run(FROM_STORE.format(store=stack.engine.stores[0]))
+    assert (told["shape"], told["total"]) == ([2, 1], 7), "the image has what researchers import"
+    assert told["error"] in {"PermissionError", "OSError"}
+    assert [each.name for each in Path(stack.engine.stores[0]).iterdir()] == ["numbers.csv"]
 
     worker = Path(f"/proc/{the('worker', stack).pid}")
     assert (worker / "ns/pid").readlink() != Path("/proc/self/ns/pid").readlink()
@@ -91,7 +112,7 @@ def test_it_serves_and_drains(stack: Stack, tmp_path: Path) -> None:
     wait_until(lambda: gone(stack), WAIT_S, "the container has drained")
     assert allocation.pilot.wait() == 0
     assert (record(allocation)["cause"], record(allocation)["worker_starts"]) == (SIGNALLED, 1)
-    assert record(allocation)["requests"] == 1
+    assert record(allocation)["requests"] == 2
 
 
 def test_the_pilots_way_out_is_the_containers(stack: Stack, tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def test_the_hubs_cache(writable: bool) -> None:
     assert mounts(argv(layout=layout))["/hub"] == ("/hub", writable)
 
 
+def test_stores_and_libraries_are_let_in_for_reading() -> None:
+    readable = (Path("/data/sets"), Path("/data/python"))
+    layout = Layout.below(
+        Path("/scratch/a"), hub_cache=None, hub_cache_writable=False, readable=readable
+    )
+    found = mounts(argv(layout=layout))
+    assert {found[str(each)] for each in readable} == {(str(each), False) for each in readable}
+
+
 def test_paths_with_commas_colons_and_quotes_are_one_mount() -> None:
     folder = Path('/scratch/a, "b":c')
     layout = Layout.below(folder, hub_cache=None, hub_cache_writable=False)

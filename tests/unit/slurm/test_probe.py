@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from edif_hpc.slurm.finding import Finding
-from edif_hpc.slurm.order import ForwardFile, write_forward
+from edif_hpc.slurm.order import EngineFacts, ForwardFile, write_forward
 from edif_hpc.slurm.probe import ProbeOrder, look_around, read_probed, write_probe_order
 from edif_hpc.slurm.site import Container, Gpu, Site
 from edif_hpc.testing.fake_slurm.cluster import FakeSlurm, fake_slurm
@@ -167,6 +168,42 @@ def test_containers(looked: Callable[..., dict[str, Finding]], tmp_path: Path) -
     program.write_text("#!/bin/sh\necho 0.0.1\n")
     check = looked(container=Container(**facts))["image"]
     assert (check.grade, check.way_out) == ("WARN", "build the image anew")
+
+
+def test_the_level_is_found_by_the_python_of_the_worker(
+    looked: Callable[..., dict[str, Finding]], tmp_path: Path
+) -> None:
+    """On the host by this one, for real; in an image by the image's, which may see less of the kernel."""
+    check = looked()["isolation"]
+    assert re.search(r"reaches (only )?level (full|no-namespaces|process)", check.seen)
+    assert (check.grade == "OK") == ("only" not in check.seen)
+    program, image = tmp_path / "apptainer", tmp_path / "worker.sif"
+    image.touch()
+    told = '{"level":"no-namespaces","missing":["full: unshare: Operation not permitted"]}'
+    program.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *worker.reach*) echo '{told}';; *) echo 1;; esac\n"
+    )
+    program.chmod(0o755)
+    check = looked(container=Container(apptainer=str(program), image=str(image)))["isolation"]
+    assert (check.grade, check.seen) == (
+        "WARN",
+        "a worker here reaches only level no-namespaces (full: unshare: Operation not permitted)",
+    )
+    assert check.way_out is not None
+    assert "read-a-level" in check.way_out
+
+
+def test_stores_have_to_be_on_the_node(
+    looked: Callable[..., dict[str, Finding]], tmp_path: Path
+) -> None:
+    store = tmp_path / "data"
+    store.mkdir()
+    engine = EngineFacts(stores=(str(store),), libraries=("/nowhere/python",))
+    found = looked(engine=engine)
+    assert (
+        found[f"store {store}"].grade == "WARN"
+    )  # this account may write it, and there is no image
+    assert found["store /nowhere/python"].grade == "FAIL"
 
 
 def test_sbatch_on_the_node(looked: Callable[..., dict[str, Finding]], slurm: FakeSlurm) -> None:

@@ -48,6 +48,21 @@ def test_the_engine_has_a_table(tmp_path: Path) -> None:
         load_site(write(tmp_path, text.replace("hub_cache", "cache")))
 
 
+def test_what_requests_may_read_is_checked(tmp_path: Path) -> None:
+    def read(line: str) -> tuple[str, ...]:
+        return load_site(write(tmp_path, f"{TOP}[engine]\n{line}\n{GPU}")).engine.readable
+
+    assert read('stores = ["/data"]\nlibraries = ["/py"]') == ("/data", "/py")
+    for line, words in {
+        'stores = ["data"]': "must be an absolute path",
+        'stores = ["/data/../shared"]': "must be an absolute path",
+        'stores = ["/shared"]': "/shared/edif is in it",
+        'libraries = ["/"]': "every request may read then",
+    }.items():
+        with pytest.raises(SettingsError, match=words):
+            read(line)
+
+
 def test_a_route_is_told_to_pilots(tmp_path: Path) -> None:
     def way_out(text: str) -> Route:
         return load_site(write(tmp_path, TOP + text + GPU)).way_out
