@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +46,9 @@ _TIME_IS_OVER = MappingProxyType(
 )
 
 #: With a copy of the weights in each executor, and a driver that has to let go of a killed one.
-_DEVICE_TIMES = MappingProxyType({"ready_timeout_s": 600.0, "reap_timeout_s": 30.0})
+_READY_S = 600.0
+#: Where the holder of shared weights does that, it also restores what was changed.
+_REAP_S = MappingProxyType({"auto": 30.0, "private": 30.0, "shared": 180.0})
 
 MakeEngine = Callable[[Mapping[str, Any]], EnginePort]
 
@@ -55,7 +58,7 @@ def engine_spec(deployment: Mapping[str, Any], order: WorkerOrder) -> EngineSpec
     facts = order.engine
     source = deployment["source"] or deployment["repo_id"]
     on_device = deployment["device"] != "cpu"
-    return EngineSpec(
+    spec = EngineSpec(
         model_key=deployment["model_key"],
         more_tasks=tuple(deployment["more_tasks"]),
         source=source,
@@ -63,18 +66,25 @@ def engine_spec(deployment: Mapping[str, Any], order: WorkerOrder) -> EngineSpec
         adapters=tuple(Adapter(**each) for each in deployment["adapters"]),
         dtype=deployment["dtype"],
         device=deployment["device"],
+        devices=max(1, deployment["gpus"]) if on_device else 1,
+        weights=deployment["weights"],
         driver=_driver() if on_device else {},
         threads=facts.threads or len(os.sched_getaffinity(0)),
         ready=facts.ready,
         scratch=Path(order.scratch) / "engine",
+        scratch_bytes=deployment["scratch_bytes"],
         floor=Level(deployment["isolation_floor"]),
         ceiling=Level(facts.isolation_ceiling),
         hub_endpoint=facts.hub_endpoint,
         hub_cache=Path(facts.hub_cache) if facts.hub_cache else None,
         hub_token=facts.hub_token,
+        stores=facts.stores,
+        libraries=facts.libraries,
         proxy=order.proxy,
-        **(_DEVICE_TIMES if on_device else {}),
     )
+    if not on_device:
+        return spec
+    return replace(spec, ready_timeout_s=_READY_S, reap_timeout_s=_REAP_S[spec.weights])
 
 
 def real_engine(order: WorkerOrder) -> MakeEngine:

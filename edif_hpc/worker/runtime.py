@@ -33,7 +33,7 @@ from edif_hpc.worker.engine.values import Failed, Outcome, Progress, Saved
 from edif_hpc.worker.ports import Engine, Wire
 from edif_hpc.worker.results import Results
 from edif_hpc.worker.transfer import BlobDamaged, LinkExpired, Transfer
-from edif_hpc.worker.translation import done_of, facts_of, job_of, lease_end
+from edif_hpc.worker.translation import done_of, facts_of, job_of, lease_end, spent_of
 from edif_hpc.worker.uploading import StoreGivenUp, Uploading
 
 _log = logging.getLogger(__name__)
@@ -216,6 +216,9 @@ class WorkerRuntime:
             engine = self._engine
             if engine is None or not self._session.holds(grant.request, grant.attempt):
                 return None
+            if engine.died.done():  # which is no doing of this request
+                self._return(grant, LeaseEnd.RELEASED, engine.died.result())
+                return None
             job = job_of(grant, blob_file if grant.blob is None else grant.blob)
             self.failpoints.hit("worker.run.before")
             self._do(self._session.began(grant.request, grant.attempt))
@@ -244,7 +247,7 @@ class WorkerRuntime:
     async def _answer(self, grant: m.Grant, outcome: Outcome, uploading: Uploading) -> None:
         end = lease_end(outcome)
         if isinstance(outcome, Failed) and end is not None:
-            self._return(grant, end, outcome.message)
+            self._return(grant, end, outcome.message, **spent_of(outcome))
         elif isinstance(outcome, Saved) and outcome.file is not None:
             self._results.keep(grant.request, grant.attempt, outcome.file)
             await self._upload(grant, outcome, outcome.file, uploading)
@@ -284,8 +287,9 @@ class WorkerRuntime:
         self._do(self._session.finished(done, self.clock.monotonic()))
         self.failpoints.hit("worker.send.done.after")
 
-    def _return(self, grant: m.Grant, end: LeaseEnd, cause: str) -> None:
-        self._do(self._session.returned(grant.request, grant.attempt, end, {"cause": cause}))
+    def _return(self, grant: m.Grant, end: LeaseEnd, cause: str, **spent: str) -> None:
+        evidence = {"cause": cause, **spent}
+        self._do(self._session.returned(grant.request, grant.attempt, end, evidence))
 
     def _log(self, grant: m.Grant, text: str) -> None:
         if self._session.link is Link.GREETING:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from edif_hpc.domain.lease import LeaseEnd
+from edif_hpc.domain.limits import COSTS, limits_of
 from edif_hpc.domain.request import FailureKind
 from edif_hpc.wire import messages as m
-from edif_hpc.worker.engine.values import EngineInfo, Failed, Job, Limits, Outcome
+from edif_hpc.worker.engine.values import EngineInfo, Failed, Job, Outcome
 
 _MESSAGE_CHARS = 60_000
 _SHOWN_VERSIONS = ("nnsight", "torch", "transformers")
@@ -16,15 +17,6 @@ _SHOWN_VERSIONS = ("nnsight", "torch", "transformers")
 
 def job_of(grant: m.Grant, blob: bytes | Path) -> Job:
     """What the engine is to run."""
-    told = grant.limits
-    own = Limits()
-    limits = Limits(
-        wall_s=told.get("wall_s", own.wall_s),
-        memory_bytes=int(told.get("memory_bytes", own.memory_bytes)),
-        result_bytes=int(told.get("result_bytes", own.result_bytes)),
-        log_bytes=int(told.get("log_bytes", own.log_bytes)),
-        log_lines=int(told.get("log_lines", own.log_lines)),
-    )
     return Job(
         request_id=grant.request,
         attempt=grant.attempt,
@@ -32,7 +24,7 @@ def job_of(grant: m.Grant, blob: bytes | Path) -> Job:
         compress=grant.compress,
         env=grant.env,
         model_key=grant.model_key,
-        limits=limits,
+        limits=limits_of(grant.limits, grant.limit_sources),
     )
 
 
@@ -68,6 +60,11 @@ def lease_end(outcome: Outcome) -> LeaseEnd | None:
     return LeaseEnd.OOM if killed else None
 
 
+def spent_of(outcome: Outcome) -> dict[str, str]:
+    """What an attempt had used whose executor died, as evidence."""
+    return {name: str(outcome.meta[name]) for name in COSTS if name in outcome.meta}
+
+
 def facts_of(info: EngineInfo) -> dict[str, Any]:
     """What the relay, `/env`, `ps` and every result's `meta` are told of a worker."""
     versions = {name: info.packages[name] for name in _SHOWN_VERSIONS if name in info.packages}
@@ -76,6 +73,7 @@ def facts_of(info: EngineInfo) -> dict[str, Any]:
         "commit": info.commit,
         "adapters": dict(info.adapters),
         "dtype": info.dtype,
+        "weights": info.weights,
         "device": f"{info.device} ({info.device_name})" if info.device_name else info.device,
         "isolation": str(info.isolation.level),
         "isolation_missing": list(info.isolation.missing),
@@ -87,4 +85,6 @@ def facts_of(info: EngineInfo) -> dict[str, Any]:
         "attn_implementation": info.attn_implementation,
         "tasks": dict(info.tasks),
         "random_weights": dict(info.random_weights),
+        "stores": list(info.stores),
+        "libraries": list(info.libraries),
     }

@@ -107,13 +107,12 @@ class Reaper:
                 RECOVERY_S,
                 "the pause is over",
             )
-            look = functools.partial(self._victim, kind)
-            victim = wait_until(look, RECOVERY_S, f"there is a {kind} to kill")
-            if victim is not None and victim.kill(signal.SIGKILL):
-                self._report.kills[kind] += 1
-                self._on_kill(self._report)
-                if kind == "relay":
-                    self._stack.wait_relay()
+            look = functools.partial(self._killed, kind)
+            wait_until(look, RECOVERY_S, f"there is a {kind} to kill")
+            self._report.kills[kind] += 1
+            self._on_kill(self._report)
+            if kind == "relay":
+                self._stack.wait_relay()
         wait_until(self._tended_for(0), RECOVERY_S, "what was killed is tended")
         self._stack.wait_warm(timeout_s=RECOVERY_S)
 
@@ -135,8 +134,8 @@ class Reaper:
         if len(self._stack.allocations) < self._slots:
             self._stack.launch(engine=self._engine)
 
-    def _victim(self, kind: str) -> Process | None:
-        """Someone of this kind, and whether it holds a lease as we look."""
+    def _killed(self, kind: str) -> bool:
+        """Kill someone of this kind; False if there is none, or if it ended before."""
         self._tend()
         lines = self._stack.operator.get("/ps")["processes"]
         held = {
@@ -155,10 +154,12 @@ class Reaper:
                 if each.kind == kind and name in _ancestry(each, living)
             ]
         if not candidates:
-            return None
+            return False
         victim, leases = self._chance.choice(candidates)
+        if not victim.kill(signal.SIGKILL):
+            return False
         self._report.hits[kind] += leases > 0
-        return victim
+        return True
 
 
 def _ancestry(process: Process, living: list[Process]) -> str:

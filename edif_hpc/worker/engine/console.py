@@ -4,15 +4,20 @@ Locally, `print`, `warnings.warn` and a library's logger all end on the terminal
 instead, they must hold on to one stream object whose other end can change: the zygote puts a `Console`
 in place of `sys.stdout` and `sys.stderr` before it imports anything, and an executor connects it.
 
-A line goes out as soon as it is complete, a very long one in pieces. A loop that prints for ever must not flood the link: after
-the limit one last line says so, and the rest is dropped.
+A line goes out as soon as it is complete, a very long one in pieces. A loop that prints for ever must not flood the link: the
+line that goes over a limit ends the request, from within `print` and whatever thread that is in, so that no handler of the
+researcher's stands in the way. The worker counts again (`Meter`), because code can also write to the socket itself.
 """
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
-from typing import TextIO
+from typing import NoReturn, TextIO
+
+from edif_hpc.domain.limits import Limits, overrun
+from edif_hpc.errors import OverLimit
 
 #: A longer line goes out in pieces.
 LINE_CHARACTERS = 16 * 1024
@@ -20,27 +25,44 @@ LINE_CHARACTERS = 16 * 1024
 Send = Callable[[str], None]
 
 
-class Allowance:
-    """How much may still be printed, by both streams together."""
+class Meter:
+    """Counts what is printed, by both streams together."""
 
-    def __init__(self, send: Send, *, max_bytes: int, max_lines: int) -> None:
-        self._send = send
-        self._bytes, self._lines = max_bytes, max_lines
-        self._spent = False
-        self._limits = f"{max_lines} lines or {max_bytes} bytes"
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.lines = 0
+        self.bytes = 0
+
+    def over(self, text: str) -> OverLimit | None:
+        """Count a line; or leave it out and tell which limit it would go over."""
+        size = len(text.encode(errors="replace"))
+        if self.lines + 1 > self._limits.log_lines:
+            return self._overrun("log_lines")
+        if self.bytes + size > self._limits.log_bytes:
+            return self._overrun("log_bytes")
+        self.lines += 1
+        self.bytes += size
+        return None
+
+    def _overrun(self, name: str) -> OverLimit:
+        happened = "the request was ended because it printed more than it may; what it printed until then was delivered"
+        return overrun(self._limits, name, happened)
+
+
+class Allowance:
+    """Sends lines while they may be printed; the first that may not be goes to `end` instead, which does not return."""
+
+    def __init__(self, meter: Meter, send: Send, end: Callable[[OverLimit], NoReturn]) -> None:
+        self._meter, self._send, self._end = meter, send, end
+        self._turn = threading.RLock()
 
     def line(self, text: str) -> None:
-        """Send one line, or say once that there will be no more."""
-        if self._spent:
-            return
-        size = len(text.encode(errors="replace"))
-        if self._lines < 1 or size > self._bytes:
-            self._spent = True
-            self._send(f"[output cut: a request may print {self._limits}]")
-            return
-        self._bytes -= size
-        self._lines -= 1
-        self._send(text)
+        """Send one line."""
+        with self._turn:
+            over = self._meter.over(text)
+            if over is not None:
+                self._end(over)
+            self._send(text)
 
 
 class Console(io.TextIOBase):

@@ -16,11 +16,10 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
-from transformers.utils import import_utils
 
 from edif_hpc.domain.deployment import check_device
 from edif_hpc.errors import EngineError, SettingsError
@@ -50,8 +49,16 @@ class Device(Protocol):
         """Return how many bytes are free, and how many there are."""
         ...
 
-    def begin(self) -> None:
-        """Count the peak from here."""
+    def settle(self) -> None:
+        """Wait for all that it was told to do.
+
+        Raises:
+            EngineError: something of it failed.
+        """
+        ...
+
+    def begin(self, more_bytes: int | None = None) -> None:
+        """Count the peak from here, and let this process take so much more of its memory, if that is given."""
         ...
 
     def peak_bytes(self) -> int:
@@ -64,18 +71,19 @@ class Device(Protocol):
 
 
 class Gpu:
-    """The first of the devices that we were given."""
+    """One of the devices that we were given, the first as a rule."""
 
     gpu = True
 
-    def __init__(self) -> None:
-        self.torch = torch.device("cuda", 0)
+    def __init__(self, index: int = 0) -> None:
+        self.torch = torch.device("cuda", index)
 
     def start(self) -> str:
         """Start the driver."""
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
-            torch.cuda.set_device(self.torch)
+            if self.torch.index == 0:
+                torch.cuda.set_device(self.torch)
             return torch.cuda.get_device_name(self.torch)
         except (RuntimeError, AssertionError) as error:
             nodes = ", ".join(map(str, jail.driver_nodes())) or "none"
@@ -87,10 +95,23 @@ class Gpu:
         """Ask the driver, which counts all processes."""
         return torch.cuda.mem_get_info(self.torch)
 
-    def begin(self) -> None:
-        """Count the peak from here."""
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.reset_peak_memory_stats(self.torch)
+    def settle(self) -> None:
+        """Errors of kernels are told late; this is where."""
+        try:
+            torch.cuda.synchronize(self.torch)
+        except RuntimeError as error:
+            raise EngineError(f"the GPU failed: {error}") from error
+
+    def begin(self, more_bytes: int | None = None) -> None:
+        """Count the peak from here. Torch keeps to a limit, but code can tell torch otherwise."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return
+        torch.cuda.reset_peak_memory_stats(self.torch)
+        if more_bytes is not None:
+            torch.cuda.empty_cache()  # what is kept for later counts as taken
+            most = torch.cuda.memory_reserved(self.torch) + more_bytes
+            total = torch.cuda.get_device_properties(self.torch).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.torch)
 
     def peak_bytes(self) -> int:
         """Return the most that was taken since `begin`; 0 in the zygote, which rehearses without a device."""
@@ -120,7 +141,10 @@ class StandIn:
         free = room.free_bytes() or 0
         return free, free
 
-    def begin(self) -> None:
+    def settle(self) -> None:
+        """The CPU does at once what it is told."""
+
+    def begin(self, more_bytes: int | None = None) -> None:
         """Nothing counts it."""
 
     def peak_bytes(self) -> int:
@@ -132,23 +156,30 @@ class StandIn:
         return True
 
 
-def of(name: str) -> Device | None:
-    """Return the device of a name; None for the CPU, where executors share what the zygote holds.
+def of(name: str, count: int = 1) -> tuple[Device, ...]:
+    """Return the devices of a name; none for the CPU, where executors share what the zygote holds.
 
     Raises:
         InvalidInput: there is no such device.
         SettingsError: this torch has no support for it.
     """
     if check_device(name) == "cpu":
-        return None
+        return ()
     if name == "cpu:0":
-        return StandIn()
+        return tuple(StandIn() for _ in range(count))
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise SettingsError(
             f"torch {torch.__version__} here is built for neither CUDA nor ROCm; let the worker run in the image for its GPU "
             "(docs/howto/images.md), or deploy the model on the device cpu"
         )
-    return Gpu()
+    return tuple(map(Gpu, range(count)))
+
+
+def start(devices: Sequence[Device]) -> str:
+    """Start them; return their names, each once."""
+    names = [each.start() for each in devices]
+    kinds = ", ".join(dict.fromkeys(names))
+    return kinds if len(names) == 1 else f"{len(names)} x {kinds}"
 
 
 def show(driver: Mapping[str, str]) -> None:
@@ -156,6 +187,8 @@ def show(driver: Mapping[str, str]) -> None:
     for name in environment.HIDDEN:
         os.environ.pop(name, None)  # noqa: TID251 - written, for drivers
     os.environ.update(driver)  # noqa: TID251 - see above
+    from transformers.utils import import_utils  # noqa: PLC0415 - the holder has no use for all of it
+
     # What transformers has asked in the zygote it would answer from memory.
     for name, asked in vars(import_utils).items():
         if name.startswith("is_torch_") and hasattr(asked, "cache_clear"):
@@ -174,6 +207,8 @@ def wait_for_memory(
     """
     free, total = device.memory()
     kept = _KEPT_BYTES + int(total * _KEPT_PART)
+    if not device.gpu:
+        before = 0  # the host's is everybody's
     wanted, until = max(needed, before - kept), time.monotonic() + timeout_s
     while free < wanted and needed <= total:
         if time.monotonic() > until:
@@ -190,14 +225,13 @@ def wait_for_memory(
 
 
 def scarcity(device: Device) -> str:
-    """Tell a researcher whose request ran out of the device's memory what there is and what to do."""
+    """Tell a researcher whose request ran out of the device's memory what there is and who has it."""
     free, total = device.memory()
     held = max(_held(device), key=lambda each: each.nbytes, default=None)
     largest = f"; its largest tensor there: {_described(held)}" if held is not None else ""
     return (
         f"The memory of the GPU ran out. The request with the model had at most {device.peak_bytes() / _GB:.2f} GB of "
-        f"{total / _GB:.2f} GB, {free / _GB:.2f} GB are free{largest}. Use a smaller batch or fewer tokens, save less (slice "
-        "before .save()), or move what you keep within the block to the CPU (.cpu())."
+        f"{total / _GB:.2f} GB, {free / _GB:.2f} GB are free{largest}."
     )
 
 

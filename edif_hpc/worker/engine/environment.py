@@ -17,11 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from edif_hpc.worker.engine.values import EngineSpec
+from edif_hpc.worker.engine.values import EngineSpec, Level
 
 #: What hides all devices, of either vendor, while it is empty; torch then does not even ask a driver.
 HIDDEN: Final[Mapping[str, str]] = {"CUDA_VISIBLE_DEVICES": ""}
 _LINKER: Final = "LD_LIBRARY_PATH"
+#: What has libraries of a hub say at once that there is no network, instead of trying again for half a minute.
+OFFLINE: Final[Mapping[str, str]] = {"HF_HUB_OFFLINE": "1"}
+#: What has joblib run its jobs one after the other where child processes are not allowed.
+_SERIAL: Final[Mapping[str, str]] = {"JOBLIB_MULTIPROCESSING": "0"}
 #: Named one by one, although most would follow HOME: a library may have looked already when an executor is forked.
 #: Each is right below the folder, since not all of them make more than one folder.
 _CACHES: Final[Mapping[str, str]] = {
@@ -67,6 +71,11 @@ def of_driver(spec: EngineSpec) -> dict[str, str]:
 def home(scratch: Path) -> Path:
     """Return the zygote's home."""
     return scratch / "home"
+
+
+def of_executor(folder: Path, level: Level) -> dict[str, str]:
+    """Return what an executor's environment says beyond the zygote's."""
+    return {**places(folder), **({} if level is Level.FULL else _SERIAL)}
 
 
 def places(folder: Path) -> dict[str, str]:

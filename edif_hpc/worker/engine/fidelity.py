@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -161,12 +161,20 @@ def lacked_gradients(error: BaseException) -> bool:
     return any(
         isinstance(one, WroteWeights)
         or (isinstance(one, RuntimeError) and _LACKED.search(str(one)) is not None)
-        for one in _chain(error)
+        for one in chain(error)
     )
 
 
-def execute(model: Any, tracer: Any, *, gradients: bool) -> dict[str, Any]:
+def execute(
+    model: Any,
+    tracer: Any,
+    *,
+    gradients: bool,
+    failed: Callable[[BaseException, set[int]], None] = lambda _, __: None,
+) -> dict[str, Any]:
     """Run the request; return what the client is to get, by name.
+
+    An exception on its way is shown to `failed`, with the ids of what was saved.
 
     Raises:
         WroteWeights: it did, and no gradients were tracked.
@@ -181,6 +189,9 @@ def execute(model: Any, tracer: Any, *, gradients: bool) -> dict[str, Any]:
         for place in captured.stranded(frame.f_locals, frame.f_globals, saved):
             sys.stderr.write(_STAYS.format(place=place))
         return captured.collect(frame.f_locals, saved, before)
+    except BaseException as error:
+        failed(error, scopes._saves())  # noqa: SLF001
+        raise
     finally:
         scopes.dec()
 
@@ -212,7 +223,7 @@ def judge(error: BaseException) -> FailureKind:
 
 def explain(error: BaseException) -> str:
     """Return the traceback as the researcher would want to see it."""
-    for one in _chain(error):
+    for one in chain(error):
         one.__traceback__ = _cleaned(one)
     text = "".join(traceback.format_exception(error)).rstrip()
     if len(text) > MESSAGE_CHARACTERS:
@@ -221,7 +232,7 @@ def explain(error: BaseException) -> str:
     return text
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the error and those that led to it, each once."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]

@@ -9,18 +9,19 @@ and adapters, is fetched first, by another program that alone has the network an
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process, create_subprocess_exec
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import EngineError, IsolationTooWeak
 from edif_hpc.worker.engine import environment
+from edif_hpc.worker.engine.folders import removed
 from edif_hpc.worker.engine.messages import (
     FROM_FETCH,
     FROM_ZYGOTE,
@@ -28,12 +29,23 @@ from edif_hpc.worker.engine.messages import (
     Load,
     Loaded,
     Loading,
+    Message,
     Refused,
 )
 from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, AsyncChannel, PeerClosed
-from edif_hpc.worker.engine.values import EngineInfo, EngineSpec, Isolation, Level, Progress
+from edif_hpc.worker.engine.values import (
+    EngineInfo,
+    EngineSpec,
+    Isolation,
+    Job,
+    Level,
+    Plain,
+    Progress,
+)
+from edif_hpc.worker.engine.watch import Watch
 
 STDERR_LINES = 40
+FETCH, ZYGOTE = f"{__package__}.fetch", f"{__package__}.zygote"
 
 OnProgress = Callable[[Progress], None]
 Expected = TypeVar("Expected", Fetched, Loaded)
@@ -46,20 +58,27 @@ class Program:
         self._name = name
         self.process = process
         self.channel = channel
+        #: What keeps an eye on the executors that it forks.
+        self.watch = Watch()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
 
     @classmethod
     async def start(
-        cls, name: str, arguments: Sequence[str], environment: dict[str, str], folder: Path
+        cls,
+        module: str,
+        accepts: Sequence[type[Message]],
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        folder: Path,
     ) -> Program:
-        """Execute the module `name` of this package; its first argument is its control socket."""
+        """Execute a module, which says what is in `accepts`; its first argument is its control socket."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
-                f"{__package__}.{name}",
+                module,
                 str(theirs.fileno()),
                 *arguments,
                 stdin=DEVNULL,
@@ -69,9 +88,8 @@ class Program:
                 cwd=folder,
                 pass_fds=[theirs.fileno()],
             )
-        accepts = FROM_ZYGOTE if name == "zygote" else FROM_FETCH
         channel = AsyncChannel(ours, accepts=accepts, receive_limit=FROM_ZYGOTE_BYTES, max_fds=1)
-        return cls(name, process, channel)
+        return cls(module.rpartition(".")[2], process, channel)
 
     async def expect(self, kind: type[Expected], on_progress: OnProgress) -> Expected:
         """Pass on what it says about loading until it says `kind`; return that.
@@ -127,7 +145,7 @@ async def _fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
     }
     variables = environment.of_program(spec) | {k: v for k, v in optional.items() if v}
     arguments = [spec.source, spec.revision or "", *map(str, spec.adapters)]
-    program = await Program.start("fetch", arguments, variables, spec.scratch)
+    program = await Program.start(FETCH, FROM_FETCH, arguments, variables, spec.scratch)
     try:
         return await program.expect(Fetched, on_progress)
     finally:
@@ -136,12 +154,15 @@ async def _fetched(spec: EngineSpec, on_progress: OnProgress) -> Fetched:
         program.channel.close()
 
 
-async def launched(spec: EngineSpec, on_progress: OnProgress) -> Program:
-    """Have the model's files here, start the zygote and tell it what to load."""
+async def launched(
+    spec: EngineSpec, on_progress: OnProgress, module: str = ZYGOTE, arguments: Sequence[str] = ()
+) -> Program:
+    """Have the model's files here, start the zygote, which is `module`, and tell it what to load."""
     environment.home(spec.scratch).mkdir(mode=0o700)
     source = await _fetched(spec, on_progress)
-    variables = environment.of_program(spec)
-    program = await Program.start("zygote", [str(os.getpid())], variables, spec.scratch)
+    variables = {**environment.of_program(spec), **environment.OFFLINE}
+    given = [str(os.getpid()), *arguments]
+    program = await Program.start(module, FROM_ZYGOTE, given, variables, spec.scratch)
     load = Load(
         model_key=spec.model_key,
         more_tasks=list(spec.more_tasks),
@@ -152,9 +173,14 @@ async def launched(spec: EngineSpec, on_progress: OnProgress) -> Program:
         device=spec.device,
         threads=spec.threads,
         scratch=str(spec.scratch),
+        scratch_bytes=spec.scratch_bytes,
         ceiling=str(spec.ceiling),
         floor=str(spec.floor),
         driver=environment.of_driver(spec),
+        devices=spec.devices,
+        weights=spec.weights,
+        stores=list(spec.stores),
+        libraries=list(spec.libraries),
     )
     await program.channel.send(load)
     return program
@@ -169,7 +195,7 @@ def emptied(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in folder.iterdir():
         if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
+            removed(left)
         else:
             left.unlink()
 
@@ -192,3 +218,24 @@ def described(loaded: Loaded) -> EngineInfo:
         return EngineInfo(**told, persistent=persistent, isolation=isolation)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the zygote describes the model incompletely: {error!r}") from error
+
+
+def trials(blobs: Mapping[str, bytes], adapters: Sequence[Adapter]) -> Iterator[tuple[str, Job]]:
+    """Yield the jobs by which an engine is tried, and what each is of: each task, and the first with each adapter."""
+    first = next(iter(blobs))
+    tests: list[tuple[str, str, dict[str, Plain]]] = [(f"of {key}", key, {}) for key in blobs]
+    tests += [
+        (f"with the adapter {each.repo_id}", first, {"peft": each.repo_id}) for each in adapters
+    ]
+    for which, key, env in tests:
+        yield (
+            which,
+            Job(
+                request_id="self-test",
+                attempt=0,
+                blob=blobs[key],
+                compress=True,
+                env=env,
+                model_key=key,
+            ),
+        )

@@ -22,7 +22,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,6 @@ def describe(models: Mapping[str, Any], load: Load) -> dict[str, Any]:
     """Return the part of `EngineInfo` that only this side can know; `models` are by task."""
     first = next(iter(models.values()))
     persistent = first._remoteable_persistent_objects()  # noqa: SLF001 - nnsight's server API
-    packages = get_local_env()["packages"]
     drawn = {task: random_weights(model) for task, model in models.items()}
     return {
         "commit": load.commit,
@@ -121,8 +120,21 @@ def describe(models: Mapping[str, Any], load: Load) -> dict[str, Any]:
         "persistent": sorted(k for k in persistent if not k.startswith("Module:")),
         "attn_implementation": first.attn_implementation,
         "python_version": sys.version,
-        "packages": {name: version for name, version in packages.items() if version != "local"},
+        "packages": packages(load.libraries),
     }
+
+
+def packages(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the versions that are imported here, by import name; what was not installed has none and is left out."""
+    added, path = set(libraries), sys.path[:]
+    found: dict[str, str] = get_local_env()["packages"]
+    if added:  # of what both have, the image's own is imported
+        sys.path[:] = [each for each in path if each not in added]
+        try:
+            found = found | get_local_env()["packages"]
+        finally:
+            sys.path[:] = path
+    return {name: version for name, version in found.items() if version != "local"}
 
 
 def _load(key: ModelKey, dtype: str) -> Any:

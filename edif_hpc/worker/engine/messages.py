@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edif_hpc.worker.engine.values import Plain
+from edif_hpc.worker.engine.values import Limits, Plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,14 @@ class Load:
     floor: str
     #: What an executor sets before it starts the driver of a device.
     driver: dict[str, str] = field(default_factory=dict)
+    #: How many of them, and which way executors have weights there.
+    devices: int = 1
+    weights: str = "auto"
+    #: Folders that executors may read, and those of more Python packages.
+    stores: list[str] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)
+    #: Most that an executor's folder takes.
+    scratch_bytes: int = Limits().scratch_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +84,13 @@ class Fetched:
 class Fork:
     """Worker to zygote: fork an executor. Beside it: its socket, and the file for its result.
 
-    With `rehearse` it runs the self-test before it is ready. The rest is what the first one found on the device, if there is
-    one: how many bytes were free (0: this is the first), and the tasks whose numbers want gradients tracked.
+    With `rehearse` it runs the self-test before it is ready. The rest is what the first one found on its devices, if there
+    are any: how many bytes were free on each (none: this is the first), and the tasks whose numbers want gradients tracked.
     """
 
     executor: int
     rehearse: bool
-    free_bytes: int = 0
+    free_bytes: list[int] = field(default_factory=list)
     graded: list[str] = field(default_factory=list)
 
 
@@ -96,12 +104,17 @@ class Forked:
 
 @dataclass(frozen=True, kw_only=True)
 class Exited:
-    """Zygote to worker: it was reaped, with this wait status and this much used."""
+    """Zygote to worker: it was reaped, with this wait status and this much used; shared weights are as they were.
+
+    So many of them it had changed, and putting that right took so long.
+    """
 
     executor: int
     status: int
     cpu_s: float
     peak_rss_bytes: int
+    restored: int = 0
+    restore_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +122,14 @@ class Ready:
     """Executor to worker: locked up, warm, waiting. `steps` is what confined it, in order; the rest is of its device."""
 
     steps: list[str]
+    #: CPU time until then, which no request is charged for.
+    cpu_s: float = 0.0
+    #: Memory until then, likewise.
+    private_bytes: int = 0
+    mapped_bytes: int = 0
+    shared_bytes: int = 0
     device_name: str = ""
-    free_bytes: int = 0
+    free_bytes: list[int] = field(default_factory=list)
     graded: list[str] = field(default_factory=list)
 
 
@@ -126,10 +145,9 @@ class Run:
     seed: int
     #: Track gradients even if the request does not speak of them.
     gradients: bool
-    memory_bytes: int
-    result_bytes: int
-    log_bytes: int
-    log_lines: int
+    #: What it may use: the numbers of `Limits`, and who set each (`limits_of` puts them together).
+    limits: dict[str, float]
+    limit_sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +184,56 @@ class Broken:
     meta: dict[str, Plain]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """Zygote to holder, once: what to have on which devices. Beside it: the memory files that it comes from.
+
+    The last of these are the arenas themselves where a file stands in for a device. `regions` is where each storage lies, as
+    `arena.pack` writes it.
+    """
+
+    device: str
+    devices: int
+    files: int
+    arenas: int
+    regions: bytes
+    readable: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Holder to zygote, once: it is there. `handles` has what opens it on each GPU."""
+
+    device_name: str
+    handles: dict[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settle:
+    """Zygote to holder: an executor is gone; on each device so many bytes have to be free again (none: not known yet)."""
+
+    free_bytes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """Holder to zygote: the weights are as they were taken; so many of them had been changed, and it took so long."""
+
+    restored: int = 0
+    seconds: float = 0.0
+
+
 Message = (
     Load | Loading | Loaded | Refused | Fetched | Fork | Forked | Exited | Ready | Run | Log | Written
-    | Done | Broken
+    | Done | Broken | Hold | Held | Settle | Settled
 )  # fmt: skip
 FROM_ZYGOTE = (Loading, Loaded, Refused, Forked, Exited)
 FROM_FETCH = (Loading, Fetched, Refused)
 FROM_EXECUTOR = (Ready, Refused, Log, Written, Done, Broken)
 TO_ZYGOTE = (Load, Fork)
 TO_EXECUTOR = (Run,)
+TO_HOLDER = (Hold, Settle)
+FROM_HOLDER = (Held, Settled, Refused)
 
 
 def descriptors(message: Message) -> int:
@@ -186,5 +245,7 @@ def descriptors(message: Message) -> int:
             return 1
         case Run(blob=None):
             return 1
+        case Hold(files=count):
+            return count
         case _:
             return 0

@@ -5,8 +5,10 @@ once. Its replacement is ordered when the job has ended, if another one is ready
 not compete with the job; and at once if none is. An executor rehearses before it is ready only when there
 is time for it: not when jobs run and none is left to take, because then one waits for it, or will.
 
-On a device every executor has all the weights, so there is one at a time: the next is ordered when the one
-before is reaped, and is ready only when the memory of that is back (`device`).
+On a device one executor at a time has a job. Where each has a copy of the weights there is no room for a second: the next is
+ordered when the one before is reaped, and is ready only when the memory of that is back (`device`). Where they share the weights
+(`shared`) the next one is made ready beside it, and given a job when the one before is reaped and the weights are as they were.
+What a request does to the device may keep it from that; then it is ordered again once the request is gone.
 
 A job that failed for want of gradients has a second run, in another executor (`rerun`). A job ends in one of these ways: the executor says so; it dies (then the evidence decides between a crash
 and memory that ran out); its time is over; or the caller cancels the task, and then `run` returns only
@@ -19,15 +21,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edif_hpc.errors import EngineError, RemoteProtocolError
+from edif_hpc.domain.limits import overrun
+from edif_hpc.domain.request import kind_of
+from edif_hpc.errors import EngineError, OverLimit, RemoteProtocolError
 from edif_hpc.worker.engine import evidence
-from edif_hpc.worker.engine.launch import Launch, Program, described, emptied, launched
+from edif_hpc.worker.engine.cost import Cost, measured
+from edif_hpc.worker.engine.launch import Launch, Program, described, emptied, launched, trials
+from edif_hpc.worker.engine.line import Line
 from edif_hpc.worker.engine.messages import Exited, Fork, Forked, Loaded, Message, Ready, Refused
 from edif_hpc.worker.engine.protocol import PeerClosed
 from edif_hpc.worker.engine.rerun import Lacked, Said, Turn
@@ -64,8 +69,11 @@ class Engine:
         self._zygote: Program
         self._numbers = itertools.count(1)
         self._seats: dict[int, Seat] = {}
-        self._ready: deque[Seat] = deque()
-        self._waiting: deque[asyncio.Future[Seat | None]] = deque()
+        self._line = Line(alone=spec.alone)
+        #: Whether executors have the same weights on a device, so that one may be ready beside another.
+        self._shared = False
+        #: Whether the next is ordered when the one that runs is gone, and not before.
+        self._put_off = False
         self._warming = 0
         self._running = 0
         self._failed_starts = 0
@@ -99,6 +107,7 @@ class Engine:
         try:
             loaded = await self._zygote.expect(Loaded, on_progress)
             info = described(loaded)
+            self._shared = info.weights == "shared"
             self._spawn(self._listen(), "engine-control")
             self._refill()
             on_progress(Progress(stage="self-test"))
@@ -144,15 +153,14 @@ class Engine:
     ) -> Outcome:
         turn = Turn(seed=secrets.randbits(32), gradients=False, wall_s=job.limits.wall_s)
         said = Said(on_log)
-        outcome, runtime_s = await self._turn(job, turn, said.first, on_written)
+        outcome, spent = await self._turn(job, turn, said.first, on_written)
         told: dict[str, Plain] = {}
         if isinstance(outcome, Lacked):
-            turn = replace(turn, gradients=True, wall_s=turn.wall_s - runtime_s)
-            outcome, more_s = await self._turn(job, turn, said.again, on_written)
-            runtime_s += more_s
+            turn = replace(turn, gradients=True, wall_s=turn.wall_s - spent.runtime_s)
+            outcome, more = await self._turn(job, turn, said.again, on_written)
+            spent += more
             told["gradients"] = "retried"
-        # Measured here: what the executor says of its own time need not be so.
-        return replace(outcome, meta=outcome.meta | told | {"runtime_s": round(runtime_s, 6)})
+        return replace(outcome, meta=outcome.meta | told | spent.told(outcome))
 
     async def _turn(
         self,
@@ -160,11 +168,11 @@ class Engine:
         turn: Turn,
         on_log: Callable[[str], None],
         on_written: Callable[[Path, int], None],
-    ) -> tuple[Outcome, float]:
-        """Run the job in one executor; return how that ended and how long it took."""
+    ) -> tuple[Outcome, Cost]:
+        """Run the job in one executor; return how that ended and what it took."""
         seat = await self._take()
         if seat is None:
-            return self._engine_failure(), 0.0
+            return self._engine_failure(), Cost()
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
@@ -172,7 +180,13 @@ class Engine:
         finally:
             seat.kill()
             self._refill()
-        return outcome, clock() - began
+        return outcome, measured(
+            outcome,
+            runtime_s=clock() - began,
+            meter=seat.meter,
+            began_cpu_s=seat.began_cpu_s,
+            exited=seat.exited.result() if seat.exited.done() else None,
+        )
 
     async def _ended(
         self,
@@ -184,18 +198,17 @@ class Engine:
     ) -> Outcome:
         """Run the job to one of its ends."""
         try:
-            async with asyncio.timeout(turn.wall_s):
+            watched = self._zygote.watch.over(seat, job.limits)
+            async with asyncio.timeout(turn.wall_s), watched:
                 outcome = await seat.run(job, turn, on_log, on_written)
-            if isinstance(outcome, Lacked):
-                seat.kill()  # its memory is back before the job runs again
-                await self._reaped(seat)
-            if isinstance(outcome, Saved) and outcome.file is not None:
-                seat.kill()  # nobody writes to the file from here on
-                await self._reaped(seat)
-                seat.confirm(outcome)
+            await self._see_off(seat, outcome)
         except TimeoutError:
-            text = f"the request was stopped after {job.limits.wall_s:g} s, its limit of wall time"
-            return await self._failed(seat, FailureKind.TIMEOUT, text)
+            over = overrun(
+                job.limits, "wall_s", f"the request was stopped after {job.limits.wall_s:g} s"
+            )
+            return await self._went_over(seat, over)
+        except OverLimit as over:
+            return await self._went_over(seat, over)
         except RemoteProtocolError as error:
             text = f"the executor was stopped because it broke its protocol: {error}"
             return await self._failed(seat, FailureKind.CRASH, text)
@@ -207,44 +220,33 @@ class Engine:
             raise
         return outcome
 
+    async def _see_off(self, seat: Seat, outcome: Outcome) -> None:
+        """Have the executor gone before the outcome is told, where something depends on it."""
+        in_file = isinstance(outcome, Saved) and outcome.file is not None
+        if in_file or self._shared or isinstance(outcome, Lacked):
+            # Nobody writes to the file from here on; weights are put right on its account; its memory is back for the next run.
+            seat.kill()
+            await self._reaped(seat)
+        if isinstance(outcome, Saved) and in_file:
+            seat.confirm(outcome)
+
     # -- executors -----------------------------------------------------------
 
     async def _take(self) -> Seat | None:
         """Return a ready executor, or `None` if there will be none."""
         if self.died.done():
             return None
-        if self._ready:
-            seat = self._ready.popleft()
-            if not self._ready:
-                self._refill()
-            return seat
-        waiter: asyncio.Future[Seat | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
-        self._refill()
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            given = waiter.result() if waiter.done() and not waiter.cancelled() else None
-            if given is not None:
-                self._offer(given)
-            raise
-
-    def _offer(self, seat: Seat) -> None:
-        """Give a ready executor to who waits longest, or keep it."""
-        while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(seat)
-                return
-        self._ready.append(seat)
+        return await self._line.take(self._refill)
 
     def _refill(self) -> None:
         """Order as many executors as are missing."""
-        if self.died.done() or (self.spec.alone and self._seats):
+        self._put_off = self._put_off and self._line.held_up
+        room = 1 + self._shared - len(self._seats)
+        if self.died.done() or self._put_off or (self.spec.alone and room <= 0):
             return
-        rehearse = bool(self._ready) or self._running == 0
+        rehearse = bool(self._line.ready) or self._running == 0 or self._line.held_up
         wanted = 1 if self.spec.alone else self.spec.ready
-        for _ in range(wanted - len(self._ready) - self._warming):
+        for _ in range(wanted - len(self._line.ready) - self._warming):
             self._warming += 1
             self._spawn(self._hire(rehearse=rehearse), "engine-executor")
 
@@ -266,13 +268,13 @@ class Engine:
             self._warming -= 1
             self._failed_starts = 0
             self._first = self._first or ready
-            self._offer(seat)
+            self._line.offer(seat)
+            if self._shared and not self._line.ready:
+                self._refill()
         await seat.exited
         async with seat.heard:
             self._seats.pop(seat.number).clear()
-        lost = seat in self._ready
-        if lost:
-            self._ready.remove(seat)
+        lost = self._line.gone(seat)
         if lost or self.spec.alone:
             self._refill()
 
@@ -288,6 +290,9 @@ class Engine:
         )
 
     def _failed_start(self, error: Exception) -> None:
+        if self._line.held_up:
+            self._put_off = True  # a request has the device; nothing is told of the engine by this
+            return
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
             said = str(error) if isinstance(error, EngineError) else repr(error)
@@ -309,6 +314,10 @@ class Engine:
         seat.kill()
         await self._reaped(seat)
         return Failed(kind=kind, message=text, meta={})
+
+    async def _went_over(self, seat: Seat, over: OverLimit) -> Failed:
+        failed = await self._failed(seat, kind_of(over), str(over))
+        return replace(failed, meta={"error": dict(over.details)})
 
     async def _post_mortem(self, seat: Seat, limits: Limits) -> Failed:
         """Say why an executor died that nobody killed."""
@@ -352,10 +361,7 @@ class Engine:
         self._zygote.kill()
         for seat in self._seats.values():
             seat.kill()
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiting.clear()
+        self._line.close()
 
     def _engine_failure(self) -> Failed:
         text = "the server lost the process that held the model; nothing is wrong with the request"
@@ -363,23 +369,11 @@ class Engine:
 
     async def _self_test(self, blobs: Mapping[str, bytes]) -> None:
         """Run the self-test of each task, and that of the first with each adapter."""
-        first = next(iter(blobs))
-        tests: list[tuple[str, dict[str, Plain]]] = [(key, {}) for key in blobs]
-        tests += [(first, {"peft": each.repo_id}) for each in self.spec.adapters]
-        for key, env in tests:
-            job = Job(
-                request_id="self-test",
-                attempt=0,
-                blob=blobs[key],
-                compress=True,
-                env=env,
-                model_key=key,
-            )
+        for which, job in trials(blobs, self.spec.adapters):
             outcome = await self.run(job)
             if self.died.done():
                 raise EngineError(self.died.result())
             if isinstance(outcome, Failed):
-                which = f"with the adapter {env['peft']}" if env else f"of {key}"
                 raise EngineError(
                     f"the self-test {which} failed ({outcome.kind}): {outcome.message} {outcome.meta}"
                 )

@@ -67,7 +67,13 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "int": lambda v: type(v) is int and v >= 0,
     "float": lambda v: type(v) is float and v >= 0,
     "list[str]": _is_strings,
+    "list[int]": lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v),
     "dict[str, str]": lambda v: type(v) is dict and _is_strings([*v, *v.values()]),
+    "dict[str, float]": lambda v: (
+        type(v) is dict
+        and _is_strings([*v])
+        and all(type(each) in {int, float} and each >= 0 for each in v.values())
+    ),
     "dict[str, bytes]": lambda v: (
         type(v) is dict and _is_strings([*v]) and all(type(each) is bytes for each in v.values())
     ),

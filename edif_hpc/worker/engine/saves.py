@@ -22,13 +22,14 @@ from typing import Any, Protocol
 import torch
 import zstandard
 
+from edif_hpc.domain.limits import Limits, overrun
 from edif_hpc.errors import InvalidInput, TooLarge
 from edif_hpc.worker.engine import classes
+from edif_hpc.worker.engine.values import REPORT_BYTES
 
 COMPRESSION_LEVEL = 1
 NO_CLASSES: Mapping[type, str] = MappingProxyType({})
 PIECE_BYTES = 1024 * 1024
-REPORT_BYTES = 4 * 1024 * 1024
 
 
 class Sink(Protocol):
@@ -63,14 +64,16 @@ class Store:
     """Takes the final bytes: into memory while they are few, into the file from then on."""
 
     def __init__(
-        self, fd: int, *, inline_bytes: int, max_bytes: int, report: Callable[[int], None]
+        self, fd: int, *, inline_bytes: int, limits: Limits, report: Callable[[int], None]
     ) -> None:
         self._fd = fd
-        self._inline_bytes, self._max_bytes = inline_bytes, max_bytes
+        self._inline_bytes, self.limits = inline_bytes, limits
         self._report = report
         self._held: io.BytesIO | None = io.BytesIO()
         self._reported = 0
         self.size = 0
+        #: How many tensors were saved.
+        self.tensors = 0
         #: What stopped the writing. `torch.save` turns it into an error of its own.
         self.failure: Exception | None = None
 
@@ -83,7 +86,8 @@ class Store:
         """Take bytes; return how many.
 
         Raises:
-            TooLarge: the result is above the limit, or the disk is full.
+            OverLimit: the result is above the limit.
+            TooLarge: the disk is full.
         """
         view = memoryview(data).cast("B")
         try:
@@ -99,12 +103,8 @@ class Store:
 
     def _take(self, view: memoryview) -> None:
         self.size += view.nbytes
-        if self.size > self._max_bytes:
-            raise TooLarge(
-                f"the result is larger than the {self._max_bytes} bytes that this request may return; "
-                "save less (slice before .save(), fewer layers or tokens, a smaller dtype), or ask "
-                "the operator for a higher limit"
-            )
+        if self.size > self.limits.result_bytes:
+            raise overrun(self.limits, "result_bytes", "the result is too large to be returned")
         if self._held is not None and self.size <= self._inline_bytes:
             self._held.write(view)
             return
@@ -154,7 +154,8 @@ def write(
     """Write the result into `store` as the client expects it; classes that it `sent` it has.
 
     Raises:
-        TooLarge: it does not fit.
+        OverLimit: it has too many bytes or tensors.
+        TooLarge: it cannot be kept.
     """
     try:
         _write(saves, store, sent, compress=compress)
@@ -162,10 +163,18 @@ def write(
         raise store.failure or error from None
 
 
+def _count(tensors: list[torch.Tensor], store: Store) -> list[torch.Tensor]:
+    store.tensors = len(tensors)
+    if len(tensors) > store.limits.saved_tensors:
+        happened = f"the request saves {len(tensors):,} tensors"
+        raise overrun(store.limits, "saved_tensors", happened, saved_tensors=len(tensors))
+    return tensors
+
+
 def _write(
     saves: dict[str, Any], store: Store, sent: Mapping[type, str], *, compress: bool
 ) -> None:
-    module = _pickling(_compact(_tensors(saves, sent)), sent)
+    module = _pickling(_compact(_count(_tensors(saves, sent), store)), sent)
     if not compress:
         _save(saves, store, module)
         return

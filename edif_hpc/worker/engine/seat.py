@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -12,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from edif_hpc.errors import EngineError, RemoteProtocolError
+from edif_hpc.worker.engine.console import Meter
+from edif_hpc.worker.engine.folders import removed
+from edif_hpc.worker.engine.memory import Held
 from edif_hpc.worker.engine.messages import (
     FROM_EXECUTOR,
     Broken,
@@ -27,6 +29,7 @@ from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel, s
 from edif_hpc.worker.engine.rerun import Lacked, Turn
 from edif_hpc.worker.engine.values import (
     INLINE_BYTES,
+    REPORT_BYTES,
     Failed,
     FailureKind,
     Job,
@@ -34,10 +37,6 @@ from edif_hpc.worker.engine.values import (
     Outcome,
     Saved,
 )
-
-#: An executor ends its own output with one line that says so; whoever sends more is not our code.
-_LOG_GRACE_LINES = 4
-_LOG_GRACE_BYTES = 1024
 
 
 class Seat:
@@ -58,6 +57,13 @@ class Seat:
         self.exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         #: Held while a job is read from it: it may be gone before all that it said was heard.
         self.heard = asyncio.Lock()
+        #: What it printed, once it runs a job.
+        self.meter: Meter | None = None
+        #: CPU time that it had used when it was ready.
+        self.began_cpu_s = 0.0
+        #: What it had of memory then, and which walls are around it.
+        self.before = Held(private=0, mapped=0)
+        self.steps: frozenset[str] = frozenset()
         self._pidfd: int | None = None
         self._keep_result = False
 
@@ -66,6 +72,15 @@ class Seat:
         self._pidfd = pidfd
         if self.killed:
             self.kill()
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the process among those that this one sees; nothing if it is over, or not heard of yet."""
+        if self._pidfd is None:
+            return None
+        facts = Path(f"/proc/self/fdinfo/{self._pidfd}").read_text().split()
+        number = int(facts[facts.index("Pid:") + 1])
+        return number if number > 0 else None
 
     def handed_over(self) -> None:
         """Close what only the executor needs."""
@@ -109,6 +124,12 @@ class Seat:
             raise EngineError(message.message)
         if not isinstance(message, Ready):
             raise RemoteProtocolError(f"an executor begins with {type(message).__name__}")
+        self.began_cpu_s, self.steps = message.cpu_s, frozenset(message.steps)
+        self.before = Held(
+            private=message.private_bytes,
+            mapped=message.mapped_bytes,
+            shared=message.shared_bytes,
+        )
         return message
 
     async def run(
@@ -123,6 +144,7 @@ class Seat:
         Raises:
             PeerClosed: the executor died without saying.
             RemoteProtocolError: it said something that no executor of ours would.
+            OverLimit: it prints more than it may, past our own code.
         """
         async with self.heard:
             await self._hand_over(job, turn)
@@ -131,21 +153,21 @@ class Seat:
     async def _listen(
         self, job: Job, on_log: Callable[[str], None], on_written: Callable[[Path, int], None]
     ) -> Outcome:
-        written = False
-        lines = job.limits.log_lines + _LOG_GRACE_LINES
-        space = job.limits.log_bytes + _LOG_GRACE_BYTES
+        written = 0
+        self.meter = meter = Meter(job.limits)
         while True:
             message, _ = await self.channel.receive()
             match message:
                 case Log(text=text):
-                    lines, space = lines - 1, space - len(text)
-                    if lines < 0 or space < 0:
-                        raise RemoteProtocolError("more output than the limit of the job")
+                    if (over := meter.over(text)) is not None:
+                        raise over
                     on_log(text)
                     await asyncio.sleep(0)  # many lines at once must not hold up the loop
                 case Written(size=size):
                     self._check(size, job.limits)
-                    written = True
+                    if size < written + REPORT_BYTES:
+                        raise RemoteProtocolError(f"{size} bytes announced after {written}")
+                    written = size
                     on_written(self.result, size)
                     await asyncio.sleep(0)
                 case Done():
@@ -166,10 +188,8 @@ class Seat:
             model_key=job.model_key,
             seed=turn.seed,
             gradients=turn.gradients,
-            memory_bytes=job.limits.memory_bytes,
-            result_bytes=job.limits.result_bytes,
-            log_bytes=job.limits.log_bytes,
-            log_lines=job.limits.log_lines,
+            limits=job.limits.numbers(),
+            limit_sources=dict(job.limits.sources),
         )
         if inline is not None:
             await self.channel.send(run)
@@ -219,9 +239,7 @@ class Seat:
             self.folder.rmdir()
         except OSError:
             # What the code left may be a lot; the loop must not wait for it.
-            asyncio.get_running_loop().run_in_executor(
-                None, lambda: shutil.rmtree(self.folder, ignore_errors=True)
-            )
+            asyncio.get_running_loop().run_in_executor(None, removed, self.folder)
 
 
 def _failed(broken: Broken, *, again: bool) -> Failed:

@@ -7,9 +7,12 @@ older call, `pivot_root`, is not needed. Nothing here decides anything: `jail` d
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
+import platform
 from pathlib import Path
+from types import MappingProxyType
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
@@ -37,6 +40,8 @@ _SYS_MOUNT_SETATTR = 442
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _CAPABILITY_VERSION_3 = 0x20080522
+_SYS_KEYCTL = MappingProxyType({"x86_64": 250, "aarch64": 219})
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
 @functools.cache
@@ -69,10 +74,11 @@ def setns(fd: int, kind: int) -> None:
     check(libc().setns(fd, kind), f"setns({kind:#x})")
 
 
-def mount(source: str, target: Path, fstype: str | None, flags: int) -> None:
+def mount(source: str, target: Path, fstype: str | None, flags: int, options: str = "") -> None:
     """Call `mount(2)`."""
     kind = None if fstype is None else fstype.encode()
-    result = libc().mount(source.encode(), bytes(target), kind, ctypes.c_ulong(flags), None)
+    how = (ctypes.c_ulong(flags), options.encode() or None)
+    result = libc().mount(source.encode(), bytes(target), kind, *how)
     check(result, f"mount {source} on {target}")
 
 
@@ -114,9 +120,36 @@ def no_new_privs() -> None:
 def drop_capabilities() -> None:
     """Give up every capability."""
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, what="PR_CAP_AMBIENT")
+    set_capabilities(0)
+
+
+def set_capabilities(word: int) -> None:
+    """Have in each set those of the first 32 capabilities that `word` has, and no other."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    nothing = (ctypes.c_uint32 * 6)()
-    check(libc().capset(header, nothing), "capset")
+    sets = (ctypes.c_uint32 * 6)(word, word, word, 0, 0, 0)
+    check(libc().capset(header, sets), "capset")
+
+
+def call(number: int, *arguments: int) -> int:
+    """Make the system call `number` with plain numbers."""
+    padded = [ctypes.c_long(a) for a in (*arguments, 0, 0, 0, 0, 0, 0)[:6]]
+    return check(libc().syscall(ctypes.c_long(number), *padded), f"system call {number}")
+
+
+def leave_keyring() -> None:
+    """Have a new, empty session keyring, where there are keyrings.
+
+    Tickets for file systems of a site may lie in the session's. Where the call is refused, as in many containers, or there is
+    no room for one more, nothing is lost: executors cannot make the call at all.
+    """
+    number = _SYS_KEYCTL.get(platform.machine())
+    if number is None:
+        return
+    try:
+        call(number, _KEYCTL_JOIN_SESSION_KEYRING)
+    except OSError as error:
+        if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EDQUOT}:
+            raise
 
 
 def madvise(address: int, length: int, advice: int) -> None:

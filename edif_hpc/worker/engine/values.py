@@ -1,9 +1,10 @@
 """What goes into the engine and what comes out: plain values, known on both sides of every pipe.
 
-The *engine* is the part of a worker that runs researchers' code. It is three kinds of process:
+The *engine* is the part of a worker that runs researchers' code. It is these kinds of process:
 
 * the **worker** holds sockets and keys and never imports torch; it uses `pool.Engine` and this module;
 * the **zygote** holds the imports and the weights, and runs nobody's code;
+* the **holder**, where executors share weights on a GPU, has them there, and puts them right after each;
 * an **executor** is forked from the zygote, locked up, used for one request, and thrown away.
 
 A `Job` is one attempt at one request, as the engine sees it. Its end is `Saved` (bytes that the client
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from edif_hpc.domain.adapter import Adapter
+from edif_hpc.domain.levels import Level as Level  # part of these values
 from edif_hpc.domain.request import FailureKind as FailureKind  # part of these values
 from edif_hpc.domain.request import Limits as Limits
 
@@ -26,28 +27,15 @@ MIB = 1024 * 1024
 
 #: A result of at most this many final bytes travels through the socket; a larger one lies in a file.
 INLINE_BYTES = MIB
+#: An executor tells how far the file has grown after each so many bytes, and not more often.
+REPORT_BYTES = 4 * MIB
 
-#: The GPUs, by the names that torch has for them, on which scripts/check-gpu has passed; its report is in docs/reference.
+#: The GPUs, by the names that torch has for them, and the way of weights for which scripts/check-gpu has passed there, such as
+#: "NVIDIA RTX A6000, private"; its report is in docs/reference.
 VERIFIED_GPUS: frozenset[str] = frozenset()
 
 #: A plain value: what JSON can say. Meta is made of these, so no reader ever has to trust it.
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
-
-
-class Level(StrEnum):
-    """How strongly an executor is walled in, strongest first; each is probed by trying it."""
-
-    #: Own user, mount, network, IPC and PID namespaces, Landlock, seccomp, limits.
-    FULL = "full"
-    #: Landlock, seccomp (threads but no processes) and limits.
-    NO_NAMESPACES = "no-namespaces"
-    #: A process of its own with limits. For people who may trust each other.
-    PROCESS = "process"
-
-    def reaches(self, floor: Level) -> bool:
-        """Whether this level is at least as strong as `floor`."""
-        order = list(Level)
-        return order.index(self) <= order.index(floor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +56,14 @@ class EngineSpec:
     dtype: str = "auto"
     #: `cpu`; `cuda` for a GPU, of which each executor then has a copy of the weights; `cpu:0` tries that without one.
     device: str = "cpu"
+    #: How many of them the model is cut for.
+    devices: int = 1
+    #: Which way executors have weights on a device: `private`, `shared`, or `auto` to leave it to us.
+    weights: str = "auto"
     #: Variables of the worker's own environment by which a GPU's driver is found and devices are chosen.
     driver: Mapping[str, str] = field(default_factory=dict)
+    #: Most that the folder of an executor takes: what the limits of a request never exceed.
+    scratch_bytes: int = Limits().scratch_bytes
     #: Compute threads of one executor.
     threads: int = 1
     #: Executors held ready ahead of need.
@@ -83,6 +77,10 @@ class EngineSpec:
     hub_endpoint: str | None = None
     hub_cache: Path | None = None
     hub_token: str | None = None
+    #: Folders that requests may read, such as data sets; never written.
+    stores: tuple[str, ...] = ()
+    #: Folders of Python packages, searched after those that are installed; never written.
+    libraries: tuple[str, ...] = ()
     #: URL of the SOCKS proxy through which the hub is reached, if there has to be one.
     proxy: str | None = None
     #: How long loading may take before the engine is given up.
@@ -90,11 +88,12 @@ class EngineSpec:
     #: How long one executor may take to become ready.
     ready_timeout_s: float = 60.0
     #: How long a killed executor may take to be reaped before the engine counts as broken.
-    reap_timeout_s: float = 10.0
+    #: A thousand processes of one request, each with the weights mapped, take half a minute to be gone from two cores.
+    reap_timeout_s: float = 120.0
 
     @property
     def alone(self) -> bool:
-        """Whether there is one executor at a time, because each has all the weights on the device."""
+        """Whether one executor at a time has a request, because it has all of the device."""
         return self.device != "cpu"
 
 
@@ -181,12 +180,17 @@ class EngineInfo:
     device: str = "cpu"
     #: What its driver calls it; empty for the CPU.
     device_name: str = ""
+    #: How executors have the weights: `mapped` on the CPU, else `private` or `shared`.
+    weights: str = "mapped"
     #: The commit of each adapter that requests may have attached.
     adapters: dict[str, str] = field(default_factory=dict)
     #: By task: what the checkpoint has no weights for, so that its numbers are random. Tasks that lack nothing are not here.
     random_weights: dict[str, list[str]] = field(default_factory=dict)
+    #: Folders that requests may read, and those of more Python packages.
+    stores: list[str] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)
 
     @property
     def unverified(self) -> bool:
         """Whether what is promised has not been tried on this kind of device."""
-        return self.device != "cpu" and self.device_name not in VERIFIED_GPUS
+        return self.device != "cpu" and f"{self.device_name}, {self.weights}" not in VERIFIED_GPUS

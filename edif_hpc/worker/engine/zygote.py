@@ -25,7 +25,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from edif_hpc.errors import EdifError, EngineError
-from edif_hpc.worker.engine import environment, room, versions
+from edif_hpc.worker.engine import environment, probing, room, stores, versions
 from edif_hpc.worker.engine import jail as jails
 from edif_hpc.worker.engine.console import Console
 from edif_hpc.worker.engine.messages import (
@@ -38,6 +38,7 @@ from edif_hpc.worker.engine.messages import (
     Loading,
     Message,
     Refused,
+    Settled,
 )
 from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, Channel, PeerClosed
 from edif_hpc.worker.engine.values import Level
@@ -50,8 +51,8 @@ LAST_FD = 1 << 20
 WARNINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def main(arguments: list[str]) -> int:
-    """Load, then serve until the worker closes the control socket."""
+def main(arguments: list[str], jail: Callable[[jails.Layers], jails.Jail] = jails.Jail) -> int:
+    """Load, then serve until the worker closes the control socket; `jail` puts up the walls that were found to hold."""
     control_fd, worker_pid = int(arguments[0]), int(arguments[1])
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)  # and in all that is forked from here
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         socket.socket(fileno=control_fd), accepts=TO_ZYGOTE, send_limit=FROM_ZYGOTE_BYTES
     )
     try:
-        house, loaded = _prepare(_load(channel), channel, worker_pid)
+        house, loaded = _prepare(_load(channel), channel, worker_pid, jail)
         channel.send(loaded)
         Zygote(house, channel).serve()
     except PeerClosed:
@@ -82,40 +83,61 @@ def _load(channel: Channel) -> Load:
     return message
 
 
-def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Loaded]:
+def _prepare(
+    load: Load,
+    channel: Channel,
+    worker_pid: int,
+    make_jail: Callable[[jails.Layers], jails.Jail],
+) -> tuple[House, Loaded]:
     """Go from a bare interpreter to loaded models that are cheap and safe to fork."""
     began = monotonic()
     scratch = Path(load.scratch)
     jails.follow(os.pidfd_open(worker_pid))
-    layers, missing = jails.probe(scratch, ceiling=Level(load.ceiling), floor=Level(load.floor))
-    jail = jails.Jail(layers)
+    layers, missing = probing.probe(scratch, ceiling=Level(load.ceiling), floor=Level(load.floor))
+    jail = make_jail(layers)
     # Before the imports: handlers of loggers keep the stream that they find then.
     sys.stdout, sys.stderr = consoles = Console(aside=sys.stdout), Console(aside=sys.stderr)
     report = _reporter(channel)
     report("importing", 0, 0)
     versions.check()
+    stores.admit(load)
     from edif_hpc.worker.engine import device as devices  # noqa: PLC0415 - heavy
-    from edif_hpc.worker.engine import kernels, loading, memory, selftest, weights  # noqa: PLC0415
+    from edif_hpc.worker.engine import (  # noqa: PLC0415
+        kernels,
+        libraries,
+        loading,
+        memory,
+        selftest,
+        ways,
+    )
     from edif_hpc.worker.engine.executor import House, rehearse  # noqa: PLC0415
 
-    device = devices.of(load.device)
+    own = devices.of(load.device, load.devices)
     loading.be_one_thread()
+    libraries.prepare()
     loading.import_peft(load)
     room.check(Path(load.folder), dtype=load.dtype, free=room.free_bytes())
     report("loading", 0, 0)
-    holder: weights.Holder = weights.Private() if device else weights.MemoryFile()
+    keeping = ways.Keeping(load, own)
     models: dict[str, Any] = {}
     selftests: dict[str, bytes] = {}
     size = 0
     for key, model in loading.load_models(load):
-        size += holder.take(model._module, lambda done, total: report("placing", done, total))  # noqa: SLF001
+        size += keeping.holder.take(
+            model._module,  # noqa: SLF001 - as nnsight's own helpers do
+            lambda done, total: report("placing", done, total),
+        )
         models[key.task], selftests[key.render()] = model, selftest.capture(model)
     info = loading.describe(models, load)
-    readable = {*loading.readable(load), environment.home(scratch)}
-    jail.shut(scratch, readable, gpu=device is not None and device.gpu)
+    readable = {*loading.readable(load), environment.home(scratch), *map(Path, load.stores)}
+    report("placing", 0, 0)
+    keeping.prepare(models, layers.level, sorted(readable))
+    gpu = bool(own) and own[0].gpu
+    jail.shut(scratch, readable, gpu=gpu, scratch_bytes=load.scratch_bytes)
+    keeping.prove(jail, scratch)
     tempfile.tempdir = os.curdir
     # On a device they differ for other models than here; there the first executor tries.
-    tried = {} if device else models
+    tried = {} if own else models
     house = House(
         models=models,
         random_weights=info["random_weights"],
@@ -126,9 +148,11 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
         scratch=scratch,
         selftests=selftests,
         consoles=consoles,
-        holder=holder,
-        device=device,
+        holder=keeping.holder,
+        devices=own,
+        placements=keeping.placements,
         driver=load.driver,
+        stores=tuple(load.stores),
     )
     # What a first forward imports, caches and compiles, every executor finds done.
     for test in selftests:
@@ -136,11 +160,14 @@ def _prepare(load: Load, channel: Channel, worker_pid: int) -> tuple[House, Load
     memory.settle()
     info |= {
         "device": load.device,
+        "weights": keeping.holder.way,
         "isolation": {
             "level": str(layers.level),
             "steps": [name for name, _ in jail.steps(scratch)],
-            "missing": list(missing),
+            "missing": [*missing, *keeping.missing],
         },
+        "stores": load.stores,
+        "libraries": load.libraries,
         "weights_bytes": size,
         "load_s": round(monotonic() - began, 3),
     }
@@ -169,13 +196,19 @@ class Zygote:
         self._channel = channel
         #: By the descriptor that stands for the process: the executor's number and its pid.
         self._alive: dict[int, tuple[int, int]] = {}
+        #: What the first executor found free on each device.
+        self._free: list[int] = []
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
+        if house.holder.fileno() >= 0:
+            self._poll.register(house.holder.fileno(), select.POLLIN)
 
     def serve(self) -> None:
         """Serve until the worker closes the control socket, which raises `PeerClosed`."""
         while True:
             for fd, _ in self._poll.poll():
+                if fd == self._house.holder.fileno():
+                    raise self._house.holder.ended()
                 if fd in self._alive:
                     self._reap(fd)
                 else:
@@ -185,6 +218,7 @@ class Zygote:
     def _order(self, message: Message, fds: list[int]) -> None:
         if not isinstance(message, Fork) or len(fds) != 2:
             raise EngineError(f"a zygote is sent {type(message).__name__} with {len(fds)} fds")
+        self._free = self._free or message.free_bytes
         pid = self._house.jail.fork()
         if pid == 0:
             from edif_hpc.worker.engine import executor  # noqa: PLC0415 - the parent never needs it
@@ -202,15 +236,26 @@ class Zygote:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status, usage = os.wait4(pid, 0)
-        self._house.holder.settle()
+        settled = self._settled(executor)
         self._channel.send(
             Exited(
                 executor=executor,
                 status=status,
                 cpu_s=usage.ru_utime + usage.ru_stime,
                 peak_rss_bytes=usage.ru_maxrss * 1024,
+                restored=settled.restored,
+                restore_s=settled.seconds,
             )
         )
+
+    def _settled(self, executor: int) -> Settled:
+        """Have the weights put right after the executor, unless an older one lives: a request is always with the oldest.
+
+        What lives may change its weights as it likes; one that came after it has had no request.
+        """
+        if any(number < executor for number, _ in self._alive.values()):
+            return Settled()
+        return self._house.holder.settle(self._free)
 
 
 if __name__ == "__main__":

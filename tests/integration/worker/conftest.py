@@ -162,17 +162,42 @@ async def service(
         yield shared
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the site with data, which requests may read."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages as `pip install --target` leaves one; of einops, which the image has, it has another version."""
+    folder = tmp_path_factory.mktemp("library")
+    for name, version in {"our_probes": "1.2.3", "einops": "0.0.1"}.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"__version__ = {version!r}")
+        facts = folder / f"{name}-{version}.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        (facts / "top_level.txt").write_text(name)
+    return folder
+
+
 @pytest.fixture(scope="session", params=list(Level), ids=str)
 async def walled(
     request: pytest.FixtureRequest,
     gpt2: Any,
     tiny_gpt2: Path,
+    store: Path,
+    library: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Service]:
-    """An engine at each level that this machine reaches."""
+    """An engine at each level that this machine reaches, with a store and a library."""
     level: Level = request.param
     scratch = tmp_path_factory.mktemp("walled")
-    async with serving(gpt2, tiny_gpt2, scratch, ceiling=level) as one:
+    readable = {"stores": (str(store),), "libraries": (str(library),)}
+    async with serving(gpt2, tiny_gpt2, scratch, ceiling=level, **readable) as one:
         if one.info.isolation.level is not level:
             absent(f"not to be had here: {one.info.isolation.missing}")
         yield one

@@ -102,6 +102,11 @@ async def test_who_runs_out_of_memory_is_told_of_the_device(on_device: Service) 
     reply = await on_device.send(hungry, limits=Limits(wall_s=60, memory_bytes=MEMORY))
     assert reply.failed.kind is FailureKind.OOM
     assert "The memory of the GPU ran out." in reply.failed.message
+    assert "Use a smaller batch or fewer tokens" in reply.failed.message
+    error = reply.failed.meta["error"]
+    assert isinstance(error, dict)
+    assert error["limit"] == "gpu_memory_bytes"
+    assert "ask your operator" in reply.failed.message
     assert "max_mem_by_gpu" in reply.failed.meta
     assert (await on_device.send(trace)).saved.size > 0
 
@@ -110,7 +115,7 @@ async def test_a_device_that_there_is_not_is_refused(tiny_gpt2: Path, tmp_path: 
     from edif_hpc.worker.engine.pool import Engine
 
     for device, words in (
-        ("cuda:0,1", "over several GPUs is not served yet"),
+        ("cuda:0,1", "choose cpu, or cuda for GPUs of NVIDIA or AMD"),
         ("cuda", "GPU|CUDA"),
     ):
         with pytest.raises(EngineError, match=words):

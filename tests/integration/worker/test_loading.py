@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from edif_hpc.domain.deployment import parse_model_key
 from edif_hpc.errors import EngineError
 from edif_hpc.testing.hub import Repo, serve_hub
 from edif_hpc.worker.engine.pool import Engine
@@ -89,3 +91,42 @@ async def test_a_dtype_that_is_none(tiny_gpt2: Path, tmp_path: Path) -> None:
     engine = Engine(spec(tiny_gpt2, tmp_path / "engine", dtype="float31"))
     with pytest.raises(EngineError, match="float31"):
         await engine.start()
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import GPT2Config, GPT2LMHeadModel
+
+Path({marker!r}).write_text("ran")
+
+class OwnConfig(GPT2Config):
+    model_type = {kind!r}
+
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "trusted", "served"),
+    [("own", False, False), ("gpt2", False, True), ("own", True, True)],
+)
+async def test_a_models_own_code_does_not_run_unless_its_deployment_says_so(
+    tiny_gpt2: Path, tmp_path: Path, kind: str, *, trusted: bool, served: bool
+) -> None:
+    """Whether or not the library could do without it: the checkpoint asks for it in both cases."""
+    folder, marker = shutil.copytree(tiny_gpt2, tmp_path / "model"), tmp_path / "marker"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(marker), kind=kind))
+    said = spec(folder, tmp_path / "engine", ceiling=Level.PROCESS)
+    if trusted:
+        key = replace(parse_model_key(said.model_key), trust_remote_code=True)
+        said = replace(said, model_key=key.render())
+    if served:
+        await started_and_stopped(said)
+    else:
+        with pytest.raises(EngineError, match="trust_remote_code"):
+            await started_and_stopped(said)
+    assert marker.exists() is trusted

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import struct
@@ -18,8 +19,9 @@ import nnsight
 import pytest
 
 from edif_hpc.testing.absent import absent
+from edif_hpc.testing.wait import wait_until_async
 from edif_hpc.worker.engine import landlock
-from edif_hpc.worker.engine.environment import home, places
+from edif_hpc.worker.engine.environment import OFFLINE, home, places
 from edif_hpc.worker.engine.values import FailureKind, Level, Limits
 from tests.integration.worker.conftest import KEY, Service, serving
 from tests.integration.worker.test_fidelity import trace
@@ -129,13 +131,185 @@ async def test_what_the_kernel_offers_is_used(service: Service) -> None:
 
 async def test_the_steps_come_in_order_and_before_ready(walled: Service) -> None:
     steps = walled.info.isolation.steps
-    full = ("mounts", "proc", "user", "privileges", "limits", "parent", "landlock", "seccomp")
+    full = (
+        "mounts",
+        "scratch",
+        "shm",
+        "proc",
+        "user",
+        "session",
+        "privileges",
+        "limits",
+        "parent",
+        "landlock",
+        "seccomp",
+    )
     left_out = {
         Level.FULL: set(),
-        Level.NO_NAMESPACES: {"mounts", "proc", "user"},
-        Level.PROCESS: {"mounts", "proc", "user", "landlock"},
+        Level.NO_NAMESPACES: {"mounts", "scratch", "shm", "proc", "user"},
+        Level.PROCESS: {"mounts", "scratch", "shm", "proc", "user", "landlock"},
     }[walled.info.isolation.level]
     assert steps == tuple(step for step in full if step not in left_out)
+
+
+def reaching(pids: list[int], paths: list[str]) -> Any:  # noqa: C901 - a block is one piece
+    """A block that tries to get at processes and files, and returns what was said each time."""
+
+    def block(model: Any, **where: Any) -> None:  # noqa: C901
+        with model.session(**where):
+            import ctypes
+            import errno
+            import fcntl
+            import os
+            import resource
+            from pathlib import Path
+
+            libc = ctypes.CDLL(None, use_errno=True)
+
+            def call(*arguments: int) -> None:
+                if libc.syscall(*map(ctypes.c_long, arguments)) < 0:
+                    raise OSError(ctypes.get_errno(), "refused")
+
+            def lend(pid: int) -> None:
+                """Have the signals of one's own file sent to another."""
+                end = os.pipe()[0]
+                fcntl.fcntl(end, fcntl.F_SETOWN, pid)
+                fcntl.fcntl(end, fcntl.F_SETSIG, 9)
+
+            def notice(path: str) -> None:
+                queue = libc.inotify_init1(0)
+                if queue < 0 or libc.inotify_add_watch(queue, os.fsencode(path), 0x100) < 0:
+                    raise OSError(ctypes.get_errno(), "refused")
+
+            def read(path: str) -> None:
+                os.close(os.open(path, os.O_RDONLY))
+
+            ways = {
+                "kill": lambda pid: os.kill(pid, 0),
+                "signals of files": lend,
+                "processors": lambda pid: os.sched_setaffinity(pid, {0}),
+                "priority": lambda pid: os.setpriority(os.PRIO_PROCESS, pid, 5),
+                "limits": lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE),
+                "ptrace": lambda pid: call(101, 16, pid, 0, 0),
+                "process_vm_readv": lambda pid: call(310, pid, 0, 0, 0, 0, 0),
+                "pidfd": lambda pid: call(438, os.pidfd_open(pid), 0, 0),
+            }
+            ways |= {
+                name: lambda pid, name=name: read(f"/proc/{pid}/{name}")
+                for name in ("environ", "mem", "maps", "cmdline", "fd", "root", "status")
+            }
+            attempts = [(f"{name} {pid}", way, pid) for name, way in ways.items() for pid in pids]
+            attempts += [(f"read {path}", read, path) for path in paths]
+            attempts += [(f"write {p}", lambda q: Path(q).write_bytes(b"x"), p) for p in paths]
+            attempts += [(f"own {p}", lambda q: os.chown(q, 0, os.getgid()), p) for p in paths]
+            attempts += [(f"mark {p}", lambda q: os.setxattr(q, "user.x", b""), p) for p in paths]
+            attempts += [(f"notice {p}", notice, p) for p in paths]
+            told = nnsight.save({})
+            for name, way, what in attempts:
+                try:
+                    way(what)
+                    told[name] = "done"
+                except OSError as error:
+                    told[name] = errno.errorcode[error.errno or 0]
+
+    return block
+
+
+def waiting(model: Any, **where: Any) -> None:
+    with model.session(**where):
+        import time
+
+        print("it runs")  # noqa: T201 - so that the test knows
+        while True:
+            time.sleep(1)
+
+
+async def test_of_others_of_the_same_user_nothing_is_to_be_had(
+    walled: Service, tmp_path: Path
+) -> None:
+    """The worker, the zygote and the executors of others run as the same user, and so do their files."""
+    if walled.info.isolation.level is Level.PROCESS:
+        return  # there the account is the wall
+    key = tmp_path / "worker.key"
+    key.write_text("secret")
+    engine = walled.engine
+    blob = engine.spec.scratch / "blob"
+    blob.write_text("of another")
+    said: list[str] = []
+    anothers = asyncio.create_task(engine.run(walled.job(waiting), said.append))
+    try:
+        await wait_until_async(
+            lambda: len(engine._line._given) == len(said) == 1, 60.0, "only another's request runs"
+        )
+        (seat,) = engine._line._given
+        await wait_until_async(lambda: seat.pid is not None, 60.0, "its number is known")
+        pids = [os.getpid(), engine._zygote.process.pid, seat.pid]
+        paths = [str(each) for each in (key, blob.parent, blob, seat.result, seat.folder)]
+        told = (await walled.send(reaching(pids, paths))).values["told"]
+    finally:
+        anothers.cancel()
+        await asyncio.gather(anothers, return_exceptions=True)
+        blob.unlink()
+    refusals = {"EPERM", "EACCES", "ESRCH", "ENOENT", "EROFS", "EISDIR"}
+    assert {name: said for name, said in told.items() if said not in refusals} == {}
+    assert len(told) == 15 * len(pids) + 5 * len(paths)
+
+
+async def test_modes_and_times_of_others_files_stay_as_they_are(
+    walled: Service, tmp_path: Path
+) -> None:
+    """Landlock knows nothing of them: a mount that is read-only keeps them, or a call that only says that it was made."""
+    if walled.info.isolation.level is Level.PROCESS:
+        return
+    key = tmp_path / "worker.key"
+    key.touch(mode=0o600)
+    before = key.stat()
+    path = str(key)
+
+    def opening_up(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+            from contextlib import suppress
+            from pathlib import Path
+
+            for name in (path, os.environ["PYTHONPATH"] + "/edif_hpc/__init__.py"):
+                with suppress(OSError):
+                    Path(name).chmod(0o777)
+                with suppress(OSError):
+                    os.utime(name, (0, 0))
+                with suppress(OSError):
+                    opened = os.open(name, os.O_RDONLY)
+                    os.fchmod(opened, 0o777)
+            Path("mine").write_text("x")
+            Path("mine").chmod(0o600)
+            mine = nnsight.save(Path("mine").read_text())
+
+    assert (await walled.send(opening_up)).values["mine"] == "x"
+    after = key.stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+async def test_a_session_of_its_own_and_the_first_to_go(walled: Service) -> None:
+    def looking(model: Any, **where: Any) -> None:
+        with model.session(**where):
+            import os
+            import resource
+            from pathlib import Path
+
+            session = nnsight.save(os.getsid(0) == os.getpid())
+            score = nnsight.save(Path("/proc/self/oom_score_adj").read_text())
+            kinds = ("CORE", "MSGQUEUE", "NICE", "RTPRIO", "NOFILE", "SIGPENDING")
+            limits = nnsight.save(
+                {each: resource.getrlimit(getattr(resource, f"RLIMIT_{each}")) for each in kinds}
+            )
+
+    values = (await walled.send(looking)).values
+    assert values["session"]
+    assert values["score"].strip() == "1000"
+    assert {name: hard for name, (_, hard) in values["limits"].items()} == {
+        "CORE": 1, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "NOFILE": 1024, "SIGPENDING": 1024,
+    }  # fmt: skip
+    assert all(soft == hard for soft, hard in values["limits"].values())
 
 
 async def test_an_executor_has_no_descriptor_but_its_own(walled: Service) -> None:
@@ -166,9 +340,9 @@ async def test_nothing_of_the_workers_environment_is_inherited(service: Service)
     assert names <= {
         "PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE",
         "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM",
-        "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "LC_CTYPE", "KMP_INIT_AT_FORK",
+        "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "LC_CTYPE", "KMP_INIT_AT_FORK",
         "KMP_DUPLICATE_LIB_OK", "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES",
-            *places(Path()),
+            *places(Path()), *OFFLINE,
     }  # fmt: skip
 
 
@@ -256,7 +430,6 @@ HOSTILE = {
         ["Broken", {"kind": "engine", "message": "", "lacked_gradients": False, "meta": {}}]
     ),
     "ready again": frame(["Ready", {"steps": []}]),
-    "a flood of lines": frame(["Log", {"text": "x"}]) * 2000,
 }
 
 
@@ -319,19 +492,28 @@ def readable_copy(source: str, target: str) -> str:
     return target
 
 
-async def test_an_ordinary_user_is_walled_in_too(
+async def test_an_ordinary_user_is_walled_in_and_watched_too(
     ordinary_user: list[str], tiny_gpt2: Path, tmp_path: Path
 ) -> None:
+    """What the worker may look at is for the kernel to say, and it lets root look at anything."""
     script = """
 import asyncio, sys, tempfile
 from pathlib import Path
 from edif_hpc.worker.engine.pool import Engine
-from edif_hpc.worker.engine.values import EngineSpec, Level
+from edif_hpc.worker.engine.memory import living
+from edif_hpc.worker.engine.values import EngineSpec, Level, Limits
+from edif_hpc.worker.engine.watch import seen
 
 async def main(key, source):
     with tempfile.TemporaryDirectory() as scratch:
-        engine = Engine(EngineSpec(model_key=key, source=source, scratch=Path(scratch), floor=Level.PROCESS))
+        spec = EngineSpec(model_key=key, source=source, scratch=Path(scratch), floor=Level.PROCESS, ready=1)
+        engine = Engine(spec)
         print((await engine.start()).isolation.level)
+        while not engine._line.ready:  # the one that ran the self-test is on its way out
+            await asyncio.sleep(0.01)
+        seat = engine._line.ready[0]
+        sight = seen(seat, living(Path(f"/proc/{seat.pid}")), Limits(memory_bytes=0))
+        print(sight.threads > 0)
         await engine.stop()
 
 asyncio.run(main(*sys.argv[1:]))
@@ -347,4 +529,6 @@ asyncio.run(main(*sys.argv[1:]))
             check=False,
             timeout=120,
         )
-    assert ended.stdout.strip() in {Level.FULL, Level.NO_NAMESPACES}, ended.stderr
+    level, watched = ended.stdout.split() or ("", "")
+    assert level in {Level.FULL, Level.NO_NAMESPACES}, ended.stderr
+    assert watched == "True"

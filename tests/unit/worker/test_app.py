@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from edif_hpc.slurm.order import WorkerOrder
+from edif_hpc.slurm.order import EngineFacts, WorkerOrder
 from edif_hpc.worker.app import engine_spec
 
 ORDER = WorkerOrder(
@@ -18,8 +19,15 @@ ORDER = WorkerOrder(
 def deployment(device: str) -> dict[str, Any]:
     return {
         "model_key": "key", "more_tasks": [], "source": None, "repo_id": "org/model", "revision": None,
-        "adapters": [], "dtype": "auto", "device": device, "isolation_floor": "full",
+        "adapters": [], "dtype": "auto", "device": device, "weights": "auto", "gpus": 2, "isolation_floor": "full",
+        "scratch_bytes": 5 << 20,
     }  # fmt: skip
+
+
+def test_what_the_site_lets_requests_read_reaches_the_engine() -> None:
+    facts = EngineFacts(stores=("/data",), libraries=("/python",))
+    spec = engine_spec(deployment("cpu"), msgspec.structs.replace(ORDER, engine=facts))
+    assert (spec.stores, spec.libraries) == (("/data",), ("/python",))
 
 
 def test_only_an_engine_with_a_gpu_gets_anything_of_the_workers_environment(

@@ -1,8 +1,18 @@
-"""Printed text becomes lines; too many of them become one last line."""
+"""Printed text becomes lines; one too many ends the request."""
 
 from __future__ import annotations
 
-from edif_hpc.worker.engine.console import LINE_CHARACTERS, Allowance, Console
+from typing import NoReturn
+
+import pytest
+
+from edif_hpc.domain.limits import Limits
+from edif_hpc.errors import OverLimit
+from edif_hpc.worker.engine.console import LINE_CHARACTERS, Allowance, Console, Meter
+
+
+def ends(over: OverLimit) -> NoReturn:
+    raise over
 
 
 def test_lines_go_out_when_they_are_complete() -> None:
@@ -50,16 +60,20 @@ def test_a_long_line_goes_out_in_pieces() -> None:
 
 def test_both_streams_share_one_allowance() -> None:
     sent: list[str] = []
-    allowance = Allowance(sent.append, max_bytes=100, max_lines=3)
-    for text in ("one", "two", "three", "four", "five"):
+    meter = Meter(Limits(log_bytes=100, log_lines=3, sources={"log_lines": "the token ada"}))
+    allowance = Allowance(meter, sent.append, ends)
+    for text in ("one", "two", "three"):
         allowance.line(text)
-    assert sent[:3] == ["one", "two", "three"]
-    assert sent[3:] == ["[output cut: a request may print 3 lines or 100 bytes]"]
+    with pytest.raises(OverLimit, match="printed lines is 3, set by the token ada") as raised:
+        allowance.line("four")
+    assert sent == ["one", "two", "three"]
+    assert (meter.lines, meter.bytes) == (3, 11)
+    assert raised.value.details["limit"] == "log_lines"
 
 
 def test_bytes_count_too() -> None:
     sent: list[str] = []
-    allowance = Allowance(sent.append, max_bytes=5, max_lines=30)
-    allowance.line("ééé")
-    assert len(sent) == 1
-    assert "cut" in sent[0]
+    allowance = Allowance(Meter(Limits(log_bytes=5, log_lines=30)), sent.append, ends)
+    with pytest.raises(OverLimit, match="printed text is 5 bytes"):
+        allowance.line("ééé")
+    assert sent == []

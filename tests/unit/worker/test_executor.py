@@ -16,8 +16,10 @@ import torch
 from edif_hpc.errors import EngineError
 from edif_hpc.worker.engine import executor
 from edif_hpc.worker.engine.console import Console
+from edif_hpc.worker.engine.jail import CHOICES, Layers
 from edif_hpc.worker.engine.messages import FROM_EXECUTOR, Fork, Message, Ready, Refused
 from edif_hpc.worker.engine.protocol import FROM_WORKER_BYTES, Channel
+from edif_hpc.worker.engine.weights import Spread
 
 GB = 10**9
 
@@ -30,6 +32,8 @@ class Noting:
     refusal: str = ""
     torch: torch.device = torch.device("cpu")  # noqa: RUF009 - a value
     gpu: bool = False
+    copies: bool = True
+    layers: Layers = CHOICES[-1]
 
     def note(self, what: str) -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
@@ -50,7 +54,7 @@ class Noting:
         self.note("memory")
         return 47 * GB, 48 * GB
 
-    def open(self, modules: Sequence[torch.nn.Module], device: torch.device) -> None:  # noqa: ARG002
+    def open(self, spreads: Sequence[Spread], devices: Sequence[torch.device]) -> None:  # noqa: ARG002
         self.note("weights")
 
 
@@ -59,7 +63,7 @@ def said(noting: Any, monkeypatch: pytest.MonkeyPatch, order: Fork) -> Message:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     house = executor.House(
         models={}, random_weights={}, graded=frozenset(), adapters={}, jail=noting, threads=1, scratch=noting.notes.parent,
-        selftests={}, consoles=(Console(), Console()), holder=noting, device=noting, driver={"CUDA_VISIBLE_DEVICES": "3"},
+        selftests={}, consoles=(Console(), Console()), holder=noting, devices=[noting], placements={}, driver={"CUDA_VISIBLE_DEVICES": "3"}, stores=(),
     )  # fmt: skip
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryFile() as result, theirs:
@@ -80,9 +84,9 @@ def test_a_driver_is_started_behind_walls_and_with_the_devices_that_are_ours(
 ) -> None:
     noting = Noting(notes=tmp_path / "notes")
     message = said(noting, monkeypatch, Fork(executor=1, rehearse=False))
-    assert message == Ready(
-        steps=["landlock", "seccomp"], device_name="A6000", free_bytes=47 * GB, graded=[]
-    )
+    assert isinstance(message, Ready)
+    assert (message.steps, message.device_name) == (["landlock", "seccomp"], "A6000")
+    assert (message.free_bytes, message.graded) == ([47 * GB], [])
     lines = noting.notes.read_text().splitlines()
     assert lines == ["walls none", "driver 3", "memory 3", "weights 3"]
 
@@ -91,10 +95,21 @@ def test_a_later_executor_takes_what_the_first_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noting = Noting(notes=tmp_path / "notes")
-    order = Fork(executor=2, rehearse=False, free_bytes=46 * GB, graded=["fill-mask"])
+    order = Fork(executor=2, rehearse=False, free_bytes=[46 * GB], graded=["fill-mask"])
     message = said(noting, monkeypatch, order)
     assert isinstance(message, Ready)
     assert message.graded == ["fill-mask"]
+
+
+def test_an_executor_that_shares_weights_waits_for_no_memory_and_tells_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noting = Noting(notes=tmp_path / "notes", copies=False)
+    message = said(noting, monkeypatch, Fork(executor=1, rehearse=False))
+    assert isinstance(message, Ready)
+    assert message.free_bytes == [47 * GB]
+    lines = noting.notes.read_text().splitlines()
+    assert lines == ["walls none", "driver 3", "weights 3", "memory 3"]
 
 
 def test_an_executor_that_cannot_use_the_device_says_why(

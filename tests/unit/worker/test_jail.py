@@ -25,6 +25,30 @@ with open("/dev/random", "rb", buffering=0) as device:
     fcntl.ioctl(device, 0x80045200, bytes(4))
 """
 IOCTL_ABI = 5
+KEYRING = """
+import ctypes
+from edif_hpc.worker.engine import syscalls
+libc = ctypes.CDLL(None, use_errno=True)
+SESSION = ctypes.c_int(-3)
+def search():
+    return libc.syscall(250, 10, SESSION, b"user", b"edif-test-ticket", 0)
+syscalls.leave_keyring()
+if libc.syscall(248, b"user", b"edif-test-ticket", b"x", 1, SESSION) < 0:
+    raise NotImplementedError
+print(search() > 0)
+syscalls.leave_keyring()
+print(search() > 0)
+"""
+THREADS = """
+import resource, sys
+from pathlib import Path
+from edif_hpc.worker.engine.jail import Jail, Layers
+resource.setrlimit(resource.RLIMIT_NPROC, (5000, 5000))
+jail = Jail(Layers(namespaces=False, landlock=False, seccomp=False))
+jail.shut(Path(sys.argv[1]))
+jail.enter(Path(sys.argv[1]))
+print(resource.getrlimit(resource.RLIMIT_NPROC))
+"""
 IN_JAIL = """
 import os, sys
 from pathlib import Path
@@ -78,3 +102,20 @@ def test_the_nodes_of_both_vendors_and_no_others(tmp_path: Path) -> None:
     for each in (*wanted, "mem", "kmsg", "sda", "fuse"):
         (tmp_path / each).touch()
     assert [each.name for each in driver_nodes(tmp_path)] == list(wanted)
+
+
+def printed(program: str, *arguments: str) -> list[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if "NotImplementedError" in done.stderr:
+        absent("this kernel keeps no keys, or none for us")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_keys_of_the_session_are_left_behind() -> None:
+    assert printed(KEYRING) == ["True", "False"]
+
+
+def test_threads_that_count_together_with_the_workers_leave_it_some(tmp_path: Path) -> None:
+    assert printed(THREADS, str(tmp_path)) == ["(4744, 4744)"]

@@ -30,7 +30,7 @@ from edif_hpc.worker.engine.messages import (
     Refused,
     Run,
 )
-from edif_hpc.worker.engine.pool import Engine
+from edif_hpc.worker.engine.pool import FAILED_STARTS, Engine
 from edif_hpc.worker.engine.protocol import (
     FROM_WORKER_BYTES,
     FROM_ZYGOTE_BYTES,
@@ -56,6 +56,10 @@ class PlayedZygote:
         self.most_alive = 0
         self.ready = Ready(steps=[])  #: what executors say
         self.refusal = ""  #: or this, instead
+        self.refuse_beside = False  #: or that, while a job runs
+        self.weights = "mapped"
+        self.settled = asyncio.Event()  #: while it is not set, nobody is said to be gone
+        self.settled.set()
         self.running: dict[int, asyncio.Event] = {}  #: by executor: what ends its job
         self._tasks: list[asyncio.Task[None]] = []
         self._processes: list[Process] = []
@@ -66,7 +70,9 @@ class PlayedZygote:
             ours, accepts=FROM_ZYGOTE, receive_limit=FROM_ZYGOTE_BYTES, max_fds=1
         )
         own = AsyncChannel(theirs, accepts=TO_ZYGOTE, receive_limit=FROM_WORKER_BYTES, max_fds=2)
-        await own.send(Loaded(info=asdict(INFO), selftests={"key": SELF_TEST}))
+        await own.send(
+            Loaded(info=asdict(INFO) | {"weights": self.weights}, selftests={"key": SELF_TEST})
+        )
         self._tasks.append(asyncio.create_task(self._serve(own)))
         return Program("zygote", await idle_process(), channel)
 
@@ -109,8 +115,17 @@ class PlayedZygote:
             finally:
                 os.close(pidfd)
             status = -await process.wait()
+            await self.settled.wait()
             self.alive.remove(number)
-            await zygote.send(Exited(executor=number, status=status, cpu_s=0.0, peak_rss_bytes=0))
+            gone = Exited(
+                executor=number,
+                status=status,
+                cpu_s=0.0,
+                peak_rss_bytes=0,
+                restored=2 if self.weights == "shared" else 0,
+                restore_s=0.5 if self.weights == "shared" else 0.0,
+            )
+            await zygote.send(gone)
         except PeerClosed:  # the engine was stopped
             if process.returncode is None:
                 process.kill()
@@ -121,7 +136,8 @@ class PlayedZygote:
             own.close()
 
     async def _speak(self, number: int, channel: AsyncChannel) -> None:
-        if self.refusal:
+        beside = self.refuse_beside and any(not each.is_set() for each in self.running.values())
+        if self.refusal or beside:
             await channel.send(Refused(code="engine", message=self.refusal))
             return
         await channel.send(self.ready)
@@ -187,6 +203,7 @@ async def test_one_is_ordered_cold_when_jobs_run_and_none_is_ready(
     engine = await started(zygote, tmp_path / "engine", ready=2)
     try:
         await until_orders(zygote, WARM, WARM, WARM)
+        await wait_until_async(lambda: len(engine._line.ready) == 2, DEADLINE_S, "both are ready")
         first = begun(engine, 1)
         await until_running(zygote, 1)
         assert len(zygote.orders) == 3, "one is left, so forking does not compete with the job"
@@ -219,7 +236,9 @@ async def test_on_a_device_one_is_ordered_when_the_one_before_is_reaped(
 async def test_what_the_first_finds_on_a_device_the_others_are_told(
     zygote: PlayedZygote, tmp_path: Path
 ) -> None:
-    zygote.ready = Ready(steps=[], device_name="A6000", free_bytes=48, graded=["text-generation"])
+    zygote.ready = Ready(
+        steps=[], device_name="A6000", free_bytes=[48], graded=["text-generation"]
+    )
     spec = EngineSpec(model_key="key", source="s", scratch=tmp_path / "engine", device="cuda")
     engine = Engine(spec, zygote.launch)
     info = await engine.start()
@@ -227,9 +246,57 @@ async def test_what_the_first_finds_on_a_device_the_others_are_told(
         assert info.device_name == "A6000"
         await until_orders(zygote, WARM, WARM)
         assert [(each.free_bytes, each.graded) for each in zygote.forks] == [
-            (0, []),
-            (48, ["text-generation"]),
+            ([], []),
+            ([48], ["text-generation"]),
         ]
+    finally:
+        await engine.stop()
+
+
+async def test_executors_that_share_weights_are_ready_beside_each_other_and_have_jobs_one_by_one(
+    zygote: PlayedZygote, tmp_path: Path
+) -> None:
+    zygote.weights = "shared"
+    engine = await started(zygote, tmp_path / "engine", ready=2, device="cuda")
+    try:
+        jobs = [begun(engine, number) for number in range(3)]
+        await until_running(zygote, 1)
+        await wait_until_async(lambda: len(engine._line.ready) == 1, DEADLINE_S, "one is ready")
+        assert zygote.orders == [WARM] * len(zygote.orders), "also beside one that runs"
+        zygote.settled.clear()
+        next(iter(zygote.running.values())).set()
+        await wait_until_async(lambda: engine._line.ready, DEADLINE_S, "the next stays ready")
+        assert len(zygote.running) == 1, "until the weights are as they were"
+        assert not jobs[0].done(), "which is on the account of the first"
+        zygote.settled.set()
+        for count in (2, 3):
+            await until_running(zygote, count)
+            [*zygote.running.values()][-1].set()
+        outcomes = await asyncio.gather(*jobs)
+        assert zygote.most_alive == 2
+        for each in outcomes:
+            assert (each.meta["restored_tensors"], each.meta["restore_s"]) == (2, 0.5)
+    finally:
+        zygote.settled.set()
+        await engine.stop()
+
+
+async def test_who_keeps_the_next_from_becoming_ready_does_not_end_the_engine(
+    zygote: PlayedZygote, tmp_path: Path
+) -> None:
+    zygote.weights, zygote.refusal = "shared", ""
+    engine = await started(zygote, tmp_path / "engine", ready=1, device="cuda")
+    try:
+        zygote.refuse_beside = True
+        for number in range(FAILED_STARTS + 1):
+            job = begun(engine, number)
+            await until_running(zygote, number + 1)
+            await wait_until_async(
+                lambda: engine._put_off or engine._line.ready, DEADLINE_S, "the next has tried"
+            )
+            [*zygote.running.values()][-1].set()
+            assert isinstance(await job, Saved)
+        assert not engine.died.done()
     finally:
         await engine.stop()
 

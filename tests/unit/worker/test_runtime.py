@@ -568,6 +568,20 @@ async def test_an_engine_that_dies(bench: Bench) -> None:
     assert bench.engine.killed == ["r1"]
 
 
+async def test_a_request_that_comes_when_the_engine_is_dead_goes_back_unharmed(
+    bench: Bench,
+) -> None:
+    bench.engine.reaped.clear()  # what it ran takes its time to be gone
+    bench.engine.died.set_result("the zygote was killed")
+    await wait_until_async(lambda: bench.engine.stopped, WAIT_S, "the engine is being stopped")
+    bench.hear(grant())
+    back = await bench.says(m.Return)
+    assert (back.request, back.reason) == ("r1", "released")
+    assert bench.engine.jobs == []
+    bench.engine.reaped.set()
+    assert await bench.exit() is WorkerExit.ENGINE_DIED
+
+
 async def test_a_refusal_by_the_relay(bench: Bench) -> None:
     bench.hear(m.Refused(code="not_authenticated", detail="this key was revoked"))
     assert await bench.exit() is WorkerExit.REFUSED

@@ -11,13 +11,15 @@ import pytest
 import torch
 import zstandard
 
-from edif_hpc.errors import TooLarge
+from edif_hpc.domain.limits import Limits
+from edif_hpc.errors import OverLimit, TooLarge
 from edif_hpc.worker.engine import saves
 from edif_hpc.worker.engine.saves import Store, write
+from edif_hpc.worker.engine.values import REPORT_BYTES
 
 
 def store(path: Path | None = None, **changes: Any) -> Store:
-    settings: dict[str, Any] = {"inline_bytes": 1 << 30, "max_bytes": 1 << 30}
+    settings: dict[str, Any] = {"inline_bytes": 1 << 30, "limits": Limits()}
     settings |= {"report": lambda _: None} | changes
     fd = -1 if path is None else os.open(path, os.O_RDWR | os.O_CREAT)
     return Store(fd, **settings)
@@ -90,7 +92,7 @@ def test_few_bytes_stay_in_memory_and_many_go_to_the_file(tmp_path: Path) -> Non
 def test_growth_is_reported_while_writing(tmp_path: Path) -> None:
     seen: list[int] = []
     kept = store(tmp_path / "file", inline_bytes=10, report=seen.append)
-    write({"x": torch.zeros(5 * saves.REPORT_BYTES // 4)}, kept, compress=False)
+    write({"x": torch.zeros(5 * REPORT_BYTES // 4)}, kept, compress=False)
     assert len(seen) >= 4
     assert seen == sorted(seen)
     assert (tmp_path / "file").stat().st_size == kept.size >= seen[-1]
@@ -98,14 +100,22 @@ def test_growth_is_reported_while_writing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_above_the_limit_it_says_so(compress: bool) -> None:
-    with pytest.raises(TooLarge, match="larger than the 1000 bytes"):
-        write({"x": torch.randn(10_000)}, store(max_bytes=1000), compress=compress)
+    few = Limits(result_bytes=1000, sources={"result_bytes": "the relay"})
+    with pytest.raises(OverLimit, match=r"size is 1000 bytes, set by the relay\. Save less"):
+        write({"x": torch.randn(10_000)}, store(limits=few), compress=compress)
+
+
+def test_too_many_tensors() -> None:
+    kept = store(limits=Limits(saved_tensors=3))
+    parts = [torch.ones(1) for _ in range(4)]
+    write({"parts": parts[:2], "one": parts[0], "more": {"x": parts[2]}}, kept, compress=False)
+    assert kept.tensors == 3
+    with pytest.raises(OverLimit, match="saves 4 tensors: its limit of saved tensors is 3"):
+        write({"parts": parts}, kept, compress=False)
 
 
 def test_a_full_disk_is_no_error_of_torch() -> None:
-    full = Store(
-        os.open("/dev/full", os.O_WRONLY), inline_bytes=1, max_bytes=1 << 30, report=print
-    )
+    full = Store(os.open("/dev/full", os.O_WRONLY), inline_bytes=1, limits=Limits(), report=print)
     with pytest.raises(TooLarge, match="No space left"):
         write({"x": torch.randn(10)}, full, compress=False)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edif_hpc.worker.engine.weights import MemoryFile, Private, size
+from edif_hpc.worker.engine.messages import Settled
+from edif_hpc.worker.engine.weights import MemoryFile, Private, Spread, sizes
 
 
 class Odd(torch.nn.Module):
@@ -136,9 +137,9 @@ def test_a_private_copy_has_the_same_ties_views_and_values() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict(keep_vars=True).items()}
     places = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     identities = {name: id(tensor) for name, tensor in module.named_parameters()}
-    assert size([module]) == taken
-    holder.open([module], torch.device("cpu"))
-    assert size([module]) == taken
+    assert sizes([Spread.whole(module)])[0] == taken
+    holder.open([Spread.whole(module)], [torch.device("cpu")])
+    assert sizes([Spread.whole(module)])[0] == taken
     for name, tensor in module.state_dict(keep_vars=True).items():
         assert torch.equal(tensor, before[name])
         assert tensor.requires_grad == before[name].requires_grad
@@ -152,7 +153,7 @@ def test_a_private_copy_has_the_same_ties_views_and_values() -> None:
     frequencies[2] = 40
     assert tail[0] == 40, "a view stays a view"
     assert not module.halved.requires_grad
-    holder.settle()
+    assert holder.settle(()) == Settled()
 
 
 def test_a_private_copy_is_not_what_it_was_copied_from() -> None:
@@ -161,7 +162,7 @@ def test_a_private_copy_is_not_what_it_was_copied_from() -> None:
     holder.take(module, lambda *_: None)
     kept = module.weight.detach()
     before = kept.clone()
-    holder.open([module], torch.device("cpu"))
+    holder.open([Spread.whole(module)], [torch.device("cpu")])
     with torch.no_grad():
         module.weight.zero_()
     assert torch.equal(kept, before)
@@ -174,9 +175,9 @@ def test_what_two_modules_have_in_common_is_copied_once() -> None:
     second.halved.data += 1
     holder = Private()
     taken = sum(holder.take(each, lambda *_: None) for each in (first, second))
-    assert size([first, second]) == taken
-    holder.open([first, second], torch.device("cpu"))
-    assert size([first, second]) == taken
+    assert sizes([Spread.whole(first), Spread.whole(second)])[0] == taken
+    holder.open([Spread.whole(first), Spread.whole(second)], [torch.device("cpu")])
+    assert sizes([Spread.whole(first), Spread.whole(second)])[0] == taken
     assert second.embedding.weight.data_ptr() == first.embedding.weight.data_ptr()
     assert second.halved.data_ptr() != first.halved.data_ptr()
 
@@ -188,7 +189,7 @@ def test_graphs_go_through_a_private_copy() -> None:
     holder.take(module, lambda *_: None)
     module(torch.ones(3)).sum().backward()
     module.zero_grad()
-    holder.open([module], torch.device("cpu"))
+    holder.open([Spread.whole(module)], [torch.device("cpu")])
     module(torch.ones(3)).sum().backward()
     assert module.weight.grad is not None
     assert torch.equal(module.weight.grad, torch.ones(2, 3))
