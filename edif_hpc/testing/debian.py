@@ -11,11 +11,13 @@ What cannot be had is one error, `PartMissing`, and what that means is the test'
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from edif_hpc.errors import LaunchError
@@ -44,11 +46,20 @@ def install_packages(*packages: str, programs: Sequence[str] = ()) -> None:
         )
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
-        run([*_APT, "update"], env=quiet, timeout_s=_INSTALL_S)
-        install = [*_APT, "install", "-y", "--no-install-recommends", *packages]
-        run(install, env=quiet, timeout_s=_INSTALL_S)
+        with _one_at_a_time():
+            run([*_APT, "update"], env=quiet, timeout_s=_INSTALL_S)
+            install = [*_APT, "install", "-y", "--no-install-recommends", *packages]
+            run(install, env=quiet, timeout_s=_INSTALL_S)
     except LaunchError as error:
         raise PartMissing(str(error)) from error
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keep other tests of this environment away from apt, whose `update` does not wait for the lock on its lists."""
+    with (Path(sys.prefix) / "apt.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def download(*arguments: str, folder: Path, timeout_s: float = _INSTALL_S) -> None:

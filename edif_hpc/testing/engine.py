@@ -127,6 +127,7 @@ class ScriptedEngine:
     async def stop(self) -> None:
         """Nothing is left."""
         self.stopped = True
+        await self.reaped.wait()
 
 
 async def _read(path: Path) -> bytes:

@@ -1,10 +1,11 @@
 """What the client of `check_gpu` runs, cell by cell: each is Python of a researcher's notebook, with an unmodified nnsight.
 
-`LOCAL` comes first and keeps what the blocks give in the client's own process; `compared` runs one of them remotely.
+`at_home` runs in a process of its own and keeps what the blocks give there; `compared` runs one of them remotely.
 """
 
 from __future__ import annotations
 
+import textwrap
 from typing import Final
 
 #: Each block gives `value`; `{where}` is what makes it remote.
@@ -27,17 +28,57 @@ with model.trace("gradients flow"{where}):
 }
 
 
+#: The file of what was computed at home.
+KEPT: Final = "at-home.pt"
+
+
 def _block(name: str, where: str) -> str:
     return _BLOCKS[name].format(where=where)
 
 
-LOCAL: Final = """
+def at_home(file: str, rounds: int) -> str:
+    """Compute all blocks in a process of its own, which ends before the worker begins: a GPU may take one process only."""
+    blocks = "".join(
+        f"{_block(name, '')}at_home[{name!r}] = value.detach().cpu()\n" for name in _BLOCKS
+    )
+    return f"""
+import time
+import nnsight
+import torch
+import transformers
+from nnsight import TransformersModel
+model = TransformersModel("edif/tiny-gpt2", task="text-generation", dispatch=True)
+at_home = {{}}
+{blocks}
+torch.save(at_home, {file!r})
+local = []
+for _ in range({rounds}):
+    began = time.perf_counter()
+{_indented(_block("trace", ""))}
+    local.append(time.perf_counter() - began)
+gpu = model.device.type == "cuda"
+facts = {{
+    "device": torch.cuda.get_device_name() if gpu else "stand-in",
+    "devices": torch.cuda.device_count(),
+    "memory": f"{{torch.cuda.mem_get_info()[1] / 1e9:.1f}} GB" if gpu else "the host's",
+    "torch": torch.__version__,
+    "CUDA or HIP": torch.version.cuda or torch.version.hip or "none",
+    "nnsight": nnsight.__version__,
+    "transformers": transformers.__version__,
+}}
+report(local=local, computed_on=str(model.device), facts=facts)
+"""
+
+
+def begin(file: str) -> str:
+    """What the client has: a model without weights, and what was computed at home."""
+    return f"""
 import time
 import torch
 from nnsight import TransformersModel
-model = TransformersModel("edif/tiny-gpt2", task="text-generation", dispatch=True)
-at_home = {}
-""" + "".join(f"{_block(name, '')}at_home[{name!r}] = value.detach().cpu()\n" for name in _BLOCKS)
+model = TransformersModel("edif/tiny-gpt2", task="text-generation")
+at_home = torch.load({file!r})
+"""
 
 
 def compared(name: str) -> str:
@@ -48,7 +89,7 @@ apart = (value.detach().double() - mine.double()).abs().max().item()
 report(
     equal=torch.equal(value.detach(), mine) and value.dtype is mine.dtype,
     close=value.device.type == "cpu" and torch.allclose(value.detach(), mine, rtol=1e-4, atol=1e-5),
-    difference=apart, device=str(model.device),
+    difference=apart,
 )
 """
 
@@ -60,20 +101,29 @@ with model.trace("made larger", remote=True):
 report(total=total)
 """
 
-MEMORY: Final = """
-on_gpu = model.device.type == "cuda"
-report(free=torch.cuda.mem_get_info()[0] if on_gpu else 0)
+#: Two rows of numbers change places, which no sum would tell.
+SWAP: Final = """
+with model.session(remote=True) as session:
+    rows = model._module.transformer.h[0].mlp.c_fc.weight.data
+    rows[[0, 1]] = rows[[1, 0]]
+    swapped = [1].save()
+meta = session.backend.meta
+report(meta={name: meta.get(name) for name in ("restored_tensors", "restore_s")})
 """
 
+SETTLED: Final = """
+with model.session(remote=True) as session:
+    nothing = [1].save()
+report(restore_s=session.backend.meta["restore_s"])
+"""
 
-def memory_back(before: int) -> str:
-    """Wait until as much is free as before, to 256 MiB."""
-    return f"""
-began, back = time.monotonic(), not on_gpu
-while not back and time.monotonic() - began < 60:
-    back = torch.cuda.mem_get_info()[0] >= {before} - (256 << 20)
-    time.sleep(0.01)
-report(back=back, seconds=time.monotonic() - began)
+FREE: Final = """
+with model.session(remote=True):
+    import torch
+    device = next(model._module.parameters()).device
+    free = [torch.cuda.mem_get_info(each)[0] for each in range(torch.cuda.device_count())] if device.type == "cuda" else [0]
+    free = free.save()
+report(free=free)
 """
 
 
@@ -142,36 +192,33 @@ with model.session(remote=True):
 report(**told)
 """
 
-FACTS: Final = """
-import nnsight
-import transformers
-gpu = torch.cuda.is_available()
-report(**{
-    "device": torch.cuda.get_device_name() if gpu else "stand-in",
-    "memory": f"{torch.cuda.mem_get_info()[1] / 1e9:.1f} GB" if gpu else "the host's",
-    "torch": torch.__version__,
-    "CUDA or HIP": torch.version.cuda or torch.version.hip or "none",
-    "nnsight": nnsight.__version__,
-    "transformers": transformers.__version__,
-})
+#: A piece of a GPU's memory that is more than a limit of 64 MiB and less than any GPU.
+OVER_THE_LIMIT: Final = """
+with model.session(remote=True):
+    import torch
+    device = next(model._module.parameters()).device
+    taken = torch.ones(256 << 20, dtype=torch.uint8, device=device).sum().item()
 """
 
 
 def timed(rounds: int) -> str:
-    """How long whole blocks take, sent and at home."""
+    """How long whole blocks take."""
     return f"""
-def once(**where):
+def once():
     began = time.perf_counter()
-    with model.trace("The Eiffel Tower is in", **where) as tracer:
+    with model.trace("The Eiffel Tower is in", remote=True) as tracer:
         value = model.lm_head.output.save()
     return time.perf_counter() - began, tracer
 for _ in range(2):
-    once(remote=True)
+    once()
 remote, runtime = [], []
 for _ in range({rounds}):
-    took, tracer = once(remote=True)
+    took, tracer = once()
     remote.append(took)
     runtime.append(tracer.backend.meta["runtime"])
-local = [once()[0] for _ in range({rounds})]
-report(remote=remote, runtime=runtime, local=local)
+report(remote=remote, runtime=runtime)
 """
+
+
+def _indented(block: str) -> str:
+    return textwrap.indent(block, "    ")

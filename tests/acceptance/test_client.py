@@ -298,15 +298,50 @@ def test_a_cancelled_request_stops_computing(stack: Stack, client: ClientProcess
 
 
 def test_a_request_over_its_time_is_stopped(stack: Stack) -> None:
-    hasty = stack.token("hasty", max_wall_s=1.0)
+    hasty = stack.token("hasty", limits={"wall_s": 1.0})
     with ClientProcess(stack.client_environ(hasty), stack.root / "hasty") as process:
         process.run(f"from nnsight import LanguageModel; model = LanguageModel({MODEL!r})")
         before = executors(stack)
         process.start(SLEEP_60)
         running(stack, "hasty")
         wait_until(lambda: before - executors(stack), 1.0 + GONE_S, "the executor is gone")
-        with pytest.raises(CellFailed, match="stopped after 1 s, its limit of wall time"):
+        with pytest.raises(
+            CellFailed, match="its limit of wall time is 1 s, set by the token hasty"
+        ):
             process.wait()
+
+
+def test_a_print_loop_ends_in_words_and_disturbs_nobody(
+    stack: Stack, client: ClientProcess
+) -> None:
+    """Its lines until the limit come, it learns what went over and what that cost; others do not notice."""
+    chatty = stack.token("chatty", limits={"log_lines": 40})
+    with ClientProcess(stack.client_environ(chatty), stack.root / "chatty") as process:
+        process.run(f"from nnsight import LanguageModel; model = LanguageModel({MODEL!r})")
+        process.start("""
+            from nnsight import CONFIG
+            CONFIG.APP.REMOTE_LOGGING = True
+            tracer = model.trace("Hello", remote=True)
+            try:
+                with tracer:
+                    while True:
+                        print("spam", flush=True)
+            except Exception as error:
+                report(error=type(error).__name__, text=str(error), meta=tracer.backend.meta)
+        """)
+        assert client.run(TRACE)["dimensions"] == 3
+        told = process.wait()
+        assert process.run(TRACE)["dimensions"] == 3
+    assert told["error"] == "RemoteError"
+    assert "its limit of printed lines is 40, set by the token chatty. Print less" in told["text"]
+    assert told["output"].count("spam") == 40
+    meta = told["meta"]
+    assert meta["error"] == {
+        "kind": "limit", "limit": "log_lines", "value": 40, "source": "the token chatty",
+    }  # fmt: skip
+    assert (meta["log_lines"], meta["log_bytes"], meta["result_bytes"]) == (40, 160, 0)
+    assert (meta["limits"]["log_lines"], meta["limits"]["log_bytes"]) == (40, 1 << 20)
+    assert {"runtime_s", "queued_s", "attempt", "cpu_s", "peak_rss_bytes"} <= set(meta)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +357,19 @@ def test_a_crash_costs_its_own_request_alone(
     stack: Stack, local: ClientProcess, crash: str, says: str
 ) -> None:
     before = {each.pid for each in stack.processes("worker")}
-    with pytest.raises(CellFailed, match=says) as caught:
-        local.run(f"""
-            with model.trace("Hello", remote=True):
+    told = local.run(f"""
+        tracer = model.trace("Hello", remote=True)
+        try:
+            with tracer:
                 {crash}
                 out = model.lm_head.output.save()
-        """)
-    assert caught.value.error == "RemoteError"
+        except Exception as error:
+            report(error=type(error).__name__, text=str(error), meta=tracer.backend.meta)
+    """)
+    assert told["error"] == "RemoteError"
+    assert says in told["text"]
+    costs = {"runtime_s", "cpu_s", "peak_rss_bytes", "log_lines", "limits", "error"}
+    assert costs <= set(told["meta"])
     assert {each.pid for each in stack.processes("worker")} == before
     assert local.run(TRACE)["dimensions"] == 3
 

@@ -112,6 +112,7 @@ def test_a_probe_tells_what_a_node_can_do(login: Login, site: Path) -> None:
             "yes"
         ]
         assert "to start at" in found["sbatch from here"]["seen"]
+        assert "a worker here reaches" in found["isolation"]["seen"]
         assert "told by" in found["end of the walltime"]["seen"]
     assert "\ncompute_may_submit = true\n" in site.read_text()
     wait_until(lambda: login.stack.jobs() == {}, 30.0, "the probes' jobs have ended")

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from edif_hpc.slurm.devices import vendor_here
-from edif_hpc.testing.check_gpu import NO_GPU, Finding, main, report
+from edif_hpc.testing.check_gpu import NO_GPU, compute_modes, main
+from edif_hpc.testing.gpu_report import Finding, report, verified
 from edif_hpc.worker.engine.values import VERIFIED_GPUS
 
 ROOT = Path(__file__).parents[3]
 REPORTS = ROOT / "docs" / "reference"
-
-
-def verified(reports: Path) -> set[str]:
-    """The GPUs with a report in which everything held."""
-    found = set()
-    for page in reports.glob("gpu-*.md"):
-        text = page.read_text()
-        told = re.search(r"(\d+) of (\d+) hold", text)
-        if told and told[1] == told[2]:
-            found.add(text.splitlines()[0].removeprefix("# "))
-    return found
 
 
 @pytest.mark.skipif(vendor_here() != "none", reason="there is a GPU")
@@ -49,19 +38,37 @@ def test_the_script_says_so_before_it_makes_an_environment() -> None:
     assert "no GPU here" in done.stderr
 
 
-def test_a_report_names_what_did_not_hold(tmp_path: Path) -> None:
-    good = Finding(what="values", held=True, seen="bit for bit")
-    bad = Finding(what="memory", held=False, seen="not | back")
-    facts = {"device": "NVIDIA RTX A6000", "torch": "2.13.0"}
-    page = report(facts, [good, bad])
+GOOD = Finding(what="values", held=True, seen="bit for bit")
+BAD = Finding(what="memory", held=False, seen="not | back")
+FACTS = {"device": "NVIDIA RTX A6000", "torch": "2.13.0"}
+
+
+def test_a_report_names_what_did_not_hold() -> None:
+    sections = {
+        "NVIDIA RTX A6000, private": [GOOD],
+        "NVIDIA RTX A6000, shared": [GOOD, BAD],
+        "2 x NVIDIA RTX A6000, private": [GOOD, GOOD],
+    }
+    page = report(FACTS, sections, day="2026-11-21")
     assert page.startswith("# NVIDIA RTX A6000\n")
-    assert "1 of 2 hold" in page
+    assert "found on 2026-11-21" in page
+    assert "| torch | 2.13.0 |" in page
+    assert "## NVIDIA RTX A6000, shared\n\n1 of 2 hold." in page
     assert "| memory | **no** | not / back |" in page
-    (tmp_path / "gpu-a6000.md").write_text(page)
-    assert verified(tmp_path) == set()
-    (tmp_path / "gpu-a6000.md").write_text(report(facts, [good]))
-    assert verified(tmp_path) == {"NVIDIA RTX A6000"}
+    assert verified(page) == {"NVIDIA RTX A6000, private", "2 x NVIDIA RTX A6000, private"}
+
+
+def test_compute_modes_are_read_where_nvidias_tool_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compute_modes() == "unknown: no nvidia-smi here"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Exclusive_Process, [N/A]'\necho 'Default, Disabled'\n")
+    tool.chmod(0o700)
+    assert compute_modes() == "Exclusive_Process, [N/A]; Default, Disabled"
 
 
 def test_a_gpu_counts_as_verified_only_with_a_report_in_which_everything_held() -> None:
-    assert verified(REPORTS) == VERIFIED_GPUS
+    pages = [page.read_text() for page in REPORTS.glob("gpu-*.md")]
+    assert {name for page in pages for name in verified(page)} == VERIFIED_GPUS
