@@ -31,6 +31,7 @@ from edif_hpc.worker.engine.attempt import (
     rehearse as rehearse,
 )  # an executor does it before it is ready
 from edif_hpc.worker.engine.house import House as House
+from edif_hpc.worker.engine.jail import Jail
 from edif_hpc.worker.engine.messages import (
     TO_EXECUTOR,
     Fork,
@@ -55,7 +56,7 @@ def main(house: House, order: Fork, fds: Sequence[int]) -> NoReturn:
     status = 1
     try:
         folder = folder_of(house.scratch, order.executor)
-        steps = house.jail.enter(folder)
+        steps = _locked_up(house.jail, folder, fds[0])
         os.environ.update(environment.of_executor(folder, house.jail.layers.level))  # noqa: TID251 - written, for libraries
         if house.jail.layers.namespaces:
             # As process 1 it takes no signal but SIGKILL from outside. Its children must be able to end: pools send them SIGTERM.
@@ -67,6 +68,15 @@ def main(house: House, order: Fork, fds: Sequence[int]) -> NoReturn:
         status = 0
     finally:
         os._exit(status)
+
+
+def _locked_up(jail: Jail, folder: Path, sock: int) -> list[str]:
+    """Put up the walls; what stands in the way is told on the descriptor `sock` before it ends this process."""
+    try:
+        return jail.enter(folder)
+    except Exception as error:
+        _speaking(sock).send(_refusal(error))
+        raise
 
 
 def _get_ready(
@@ -82,8 +92,7 @@ def _get_ready(
         if house.devices and not ready.free_bytes:
             ready = replace(ready, free_bytes=[each.memory()[0] for each in house.devices])
     except Exception as error:
-        text = str(error) if isinstance(error, EdifError) else f"{type(error).__name__}: {error}"
-        channel.send(Refused(code=EngineError.code, message=text[:4000]))
+        channel.send(_refusal(error))
         raise
     has = memory.held(Path("/proc/self"))
     shared = sum(memory.shared(Path("/proc/self")).values()) if house.devices else 0
@@ -145,9 +154,17 @@ def _keep_only(fds: Sequence[int]) -> Channel:
     for standard in range(3):
         os.dup2(nowhere, standard)
     os.closerange(FIRST_FREE_FD, LAST_FD)
-    return Channel(
-        socket.socket(fileno=SOCKET_FD), accepts=TO_EXECUTOR, send_limit=FROM_EXECUTOR_BYTES
-    )
+    return _speaking(SOCKET_FD)
+
+
+def _speaking(sock: int) -> Channel:
+    """The channel to the worker on a descriptor."""
+    return Channel(socket.socket(fileno=sock), accepts=TO_EXECUTOR, send_limit=FROM_EXECUTOR_BYTES)
+
+
+def _refusal(error: Exception) -> Refused:
+    text = str(error) if isinstance(error, EdifError) else f"{type(error).__name__}: {error}"
+    return Refused(code=EngineError.code, message=text[:4000])
 
 
 def _serve(house: House, channel: Channel) -> None:

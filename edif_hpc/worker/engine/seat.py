@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgpack
+
 from edif_hpc.errors import EngineError, RemoteProtocolError
 from edif_hpc.worker.engine.console import Meter
 from edif_hpc.worker.engine.folders import removed
@@ -35,8 +37,12 @@ from edif_hpc.worker.engine.values import (
     Job,
     Limits,
     Outcome,
+    Plain,
     Saved,
 )
+
+#: Of an outcome: its message and what it says of itself.
+WORDS_BYTES = 128 * 1024
 
 
 class Seat:
@@ -171,8 +177,10 @@ class Seat:
                     on_written(self.result, size)
                     await asyncio.sleep(0)
                 case Done():
+                    _check_words(message.meta)
                     return self._saved(message, job.limits)
                 case Broken():
+                    _check_words([message.message, message.meta])
                     return _failed(message, again=not written)
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} during a job")
@@ -240,6 +248,13 @@ class Seat:
         except OSError:
             # What the code left may be a lot; the loop must not wait for it.
             asyncio.get_running_loop().run_in_executor(None, removed, self.folder)
+
+
+def _check_words(told: Plain) -> None:
+    """Refuse more words than any executor of ours would say: they are kept as long as the request is."""
+    size = len(msgpack.packb(told))
+    if size > WORDS_BYTES:
+        raise RemoteProtocolError(f"{size} bytes of words, above the limit of {WORDS_BYTES}")
 
 
 def _failed(broken: Broken, *, again: bool) -> Failed:

@@ -423,6 +423,13 @@ HOSTILE = {
     "negative": frame(["Written", {"size": -1}]),
     "deep": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": [[[[[[1]]]]]]}}]),
     "very deep": struct.pack(">I", 100_000) + b"\x91" * 100_000,
+    "much meta": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": "x" * 300_000}}]),
+    "many words": frame(
+        [
+            "Broken",
+            {"kind": "user", "message": "x" * 300_000, "lacked_gradients": False, "meta": {}},
+        ]
+    ),
     "bytes in meta": frame(["Done", {"inline": b"", "size": 0, "meta": {"a": b"x"}}]),
     "size that is not so": frame(["Done", {"inline": b"abc", "size": 4, "meta": {}}]),
     "a file that is not so": frame(["Done", {"inline": None, "size": 4, "meta": {}}]),

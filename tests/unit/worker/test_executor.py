@@ -30,6 +30,7 @@ class Noting:
 
     notes: Path
     refusal: str = ""
+    broken_wall: str = ""
     torch: torch.device = torch.device("cpu")  # noqa: RUF009 - a value
     gpu: bool = False
     copies: bool = True
@@ -42,6 +43,8 @@ class Noting:
 
     def enter(self, folder: Path) -> list[str]:  # noqa: ARG002 - as a jail has it
         self.note("walls")
+        if self.broken_wall:
+            raise OSError(self.broken_wall)
         return ["landlock", "seccomp"]
 
     def start(self) -> str:
@@ -119,3 +122,12 @@ def test_an_executor_that_cannot_use_the_device_says_why(
     message = said(noting, monkeypatch, Fork(executor=1, rehearse=False))
     assert message == Refused(code="engine", message="the GPU cannot be used: busy")
     assert "weights" not in noting.notes.read_text()
+
+
+def test_an_executor_that_cannot_be_locked_up_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noting = Noting(notes=tmp_path / "notes", broken_wall="mount: no")
+    message = said(noting, monkeypatch, Fork(executor=1, rehearse=False))
+    assert message == Refused(code="engine", message="OSError: mount: no")
+    assert noting.notes.read_text() == "walls none\n"
