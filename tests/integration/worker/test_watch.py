@@ -48,7 +48,8 @@ def mapping(model: Any, **where: Any) -> None:
         kept = []
         for _ in range(16):
             one = mmap.mmap(-1, 64 << 20)
-            one.write(b"x" * (64 << 20))
+            for _ in range(64):  # in small pieces: these are private
+                one.write(b"x" * (1 << 20))
             kept.append(one)
         while True:
             time.sleep(1)

@@ -575,10 +575,12 @@ async def test_a_request_that_comes_when_the_engine_is_dead_goes_back_unharmed(
     bench.engine.died.set_result("the zygote was killed")
     await wait_until_async(lambda: bench.engine.stopped, WAIT_S, "the engine is being stopped")
     bench.hear(grant())
-    back = await bench.says(m.Return)
+    try:
+        back = await bench.says(m.Return)
+    finally:
+        bench.engine.reaped.set()
     assert (back.request, back.reason) == ("r1", "released")
     assert bench.engine.jobs == []
-    bench.engine.reaped.set()
     assert await bench.exit() is WorkerExit.ENGINE_DIED
 
 
