@@ -18,7 +18,11 @@ import zstandard
 
 #: What researchers' blocks import, by requirements.in.
 THEIRS = ("accelerate", "datasets", "einops", "numpy", "pandas", "peft", "sklearn")
-OURS = ("edif_hpc.worker.app", "edif_hpc.worker.engine.executor", "edif_hpc.worker.engine.fetch")
+OURS = (
+    "edif_hpc.worker.app",
+    "edif_hpc.worker.engine.executor",
+    "edif_hpc.worker.engine.model.fetch",
+)
 
 
 def main(flavour: str) -> int:

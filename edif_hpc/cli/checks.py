@@ -199,8 +199,8 @@ def _data_dir(ctx: Context) -> Iterator[Finding]:
 
 def _isolation() -> Finding:
     """How strongly a worker on this machine could wall in what it runs, found by trying."""
-    from edif_hpc.worker.engine.probing import probe
     from edif_hpc.worker.engine.values import Level
+    from edif_hpc.worker.engine.walls.probing import probe
 
     what = "isolation"
     try:

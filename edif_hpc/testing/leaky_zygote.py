@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from edif_hpc.domain.limits import Limits
-from edif_hpc.worker.engine import syscalls, zygote
-from edif_hpc.worker.engine.jail import Jail, Layers
+from edif_hpc.worker.engine import zygote
 from edif_hpc.worker.engine.launch import Launch, OnProgress, Program, launched
 from edif_hpc.worker.engine.seat import Seat
 from edif_hpc.worker.engine.values import EngineSpec
-from edif_hpc.worker.engine.watch import Watch
+from edif_hpc.worker.engine.walls import syscalls
+from edif_hpc.worker.engine.walls.jail import Jail, Layers
+from edif_hpc.worker.engine.walls.watch import Watch
 
 #: Steps that need a namespace, or change one that others would share if the executor had none of its own.
 NAMESPACED = frozenset({"mounts", "scratch", "shm", "proc", "user"})

@@ -14,8 +14,8 @@ import msgspec
 
 from edif_hpc.errors import EdifError
 from edif_hpc.slurm.order import Reach
-from edif_hpc.worker.engine.probing import probe
 from edif_hpc.worker.engine.values import Level
+from edif_hpc.worker.engine.walls.probing import probe
 
 
 def reached() -> Reach:

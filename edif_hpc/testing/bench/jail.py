@@ -21,8 +21,8 @@ from nnsight import TransformersModel
 
 from edif_hpc.testing.leaky_zygote import launching
 from edif_hpc.testing.models import build_tiny_gpt2
-from edif_hpc.worker.engine import selftest
 from edif_hpc.worker.engine.launch import Launch, launched
+from edif_hpc.worker.engine.model import selftest
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import EngineSpec, Job, Level, Saved
 

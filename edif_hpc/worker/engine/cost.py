@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edif_hpc.worker.engine.console import Meter
 from edif_hpc.worker.engine.messages import Exited
+from edif_hpc.worker.engine.request.console import Meter
 from edif_hpc.worker.engine.values import Outcome, Plain, Saved
 
 

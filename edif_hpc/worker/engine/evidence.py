@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-from edif_hpc.worker.engine import cgroup
 from edif_hpc.worker.engine.messages import Exited
 from edif_hpc.worker.engine.values import MIB, FailureKind, Limits
+from edif_hpc.worker.engine.walls import cgroup
 
 
 def oom_kills() -> int:

@@ -24,14 +24,8 @@ from typing import NoReturn
 import torch
 
 from edif_hpc.errors import EdifError, EngineError
-from edif_hpc.worker.engine import device as devices
-from edif_hpc.worker.engine import environment, kernels, memory, weights
-from edif_hpc.worker.engine.attempt import answer, limit
-from edif_hpc.worker.engine.attempt import (
-    rehearse as rehearse,
-)  # an executor does it before it is ready
+from edif_hpc.worker.engine import environment
 from edif_hpc.worker.engine.house import House as House
-from edif_hpc.worker.engine.jail import Jail
 from edif_hpc.worker.engine.messages import (
     TO_EXECUTOR,
     Fork,
@@ -39,8 +33,17 @@ from edif_hpc.worker.engine.messages import (
     Refused,
     Run,
 )
+from edif_hpc.worker.engine.model import device as devices
+from edif_hpc.worker.engine.model import kernels
 from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, Channel
-from edif_hpc.worker.engine.voice import Voice
+from edif_hpc.worker.engine.request.attempt import answer, limit
+from edif_hpc.worker.engine.request.attempt import (
+    rehearse as rehearse,
+)  # an executor does it before it is ready
+from edif_hpc.worker.engine.request.voice import Voice
+from edif_hpc.worker.engine.walls import memory
+from edif_hpc.worker.engine.walls.jail import Jail
+from edif_hpc.worker.engine.weights import base as weights
 
 SOCKET_FD, RESULT_FD = 3, 4
 FIRST_FREE_FD, LAST_FD = 5, 1 << 20

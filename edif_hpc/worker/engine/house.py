@@ -9,11 +9,11 @@ from typing import Any
 
 from edif_hpc.domain.deployment import parse_model_key
 from edif_hpc.errors import NotPermitted
-from edif_hpc.worker.engine import weights
-from edif_hpc.worker.engine.console import Console
-from edif_hpc.worker.engine.device import Device
-from edif_hpc.worker.engine.jail import Jail
-from edif_hpc.worker.engine.placement import Placement
+from edif_hpc.worker.engine.model.device import Device
+from edif_hpc.worker.engine.request.console import Console
+from edif_hpc.worker.engine.walls.jail import Jail
+from edif_hpc.worker.engine.weights import base as weights
+from edif_hpc.worker.engine.weights.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)

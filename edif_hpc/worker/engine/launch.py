@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import EngineError, IsolationTooWeak
 from edif_hpc.worker.engine import environment
-from edif_hpc.worker.engine.folders import removed
 from edif_hpc.worker.engine.messages import (
     FROM_FETCH,
     FROM_ZYGOTE,
@@ -42,10 +41,11 @@ from edif_hpc.worker.engine.values import (
     Plain,
     Progress,
 )
-from edif_hpc.worker.engine.watch import Watch
+from edif_hpc.worker.engine.walls.folders import removed
+from edif_hpc.worker.engine.walls.watch import Watch
 
 STDERR_LINES = 40
-FETCH, ZYGOTE = f"{__package__}.fetch", f"{__package__}.zygote"
+FETCH, ZYGOTE = f"{__package__}.model.fetch", f"{__package__}.zygote"
 
 OnProgress = Callable[[Progress], None]
 Expected = TypeVar("Expected", Fetched, Loaded)

@@ -13,9 +13,6 @@ from pathlib import Path
 import msgpack
 
 from edif_hpc.errors import EngineError, RemoteProtocolError
-from edif_hpc.worker.engine.console import Meter
-from edif_hpc.worker.engine.folders import removed
-from edif_hpc.worker.engine.memory import Held
 from edif_hpc.worker.engine.messages import (
     FROM_EXECUTOR,
     Broken,
@@ -28,6 +25,7 @@ from edif_hpc.worker.engine.messages import (
     Written,
 )
 from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, AsyncChannel, settle
+from edif_hpc.worker.engine.request.console import Meter
 from edif_hpc.worker.engine.rerun import Lacked, Turn
 from edif_hpc.worker.engine.values import (
     INLINE_BYTES,
@@ -40,6 +38,8 @@ from edif_hpc.worker.engine.values import (
     Plain,
     Saved,
 )
+from edif_hpc.worker.engine.walls.folders import removed
+from edif_hpc.worker.engine.walls.memory import Held
 
 #: Of an outcome: its message and what it says of itself.
 WORDS_BYTES = 128 * 1024

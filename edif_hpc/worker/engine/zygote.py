@@ -25,9 +25,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from edif_hpc.errors import EdifError, EngineError
-from edif_hpc.worker.engine import environment, probing, room, stores, versions
-from edif_hpc.worker.engine import jail as jails
-from edif_hpc.worker.engine.console import Console
+from edif_hpc.worker.engine import environment
 from edif_hpc.worker.engine.messages import (
     TO_ZYGOTE,
     Exited,
@@ -40,8 +38,12 @@ from edif_hpc.worker.engine.messages import (
     Refused,
     Settled,
 )
+from edif_hpc.worker.engine.model import room, stores, versions
 from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, Channel, PeerClosed
+from edif_hpc.worker.engine.request.console import Console
 from edif_hpc.worker.engine.values import Level
+from edif_hpc.worker.engine.walls import jail as jails
+from edif_hpc.worker.engine.walls import probing
 
 if TYPE_CHECKING:
     from edif_hpc.worker.engine.executor import House
@@ -101,16 +103,12 @@ def _prepare(
     report("importing", 0, 0)
     versions.check()
     stores.admit(load)
-    from edif_hpc.worker.engine import device as devices  # noqa: PLC0415 - heavy
-    from edif_hpc.worker.engine import (  # noqa: PLC0415
-        kernels,
-        libraries,
-        loading,
-        memory,
-        selftest,
-        ways,
-    )
     from edif_hpc.worker.engine.executor import House, rehearse  # noqa: PLC0415
+    from edif_hpc.worker.engine.model import device as devices  # noqa: PLC0415 - heavy
+    from edif_hpc.worker.engine.model import kernels, loading, selftest  # noqa: PLC0415
+    from edif_hpc.worker.engine.request import libraries  # noqa: PLC0415
+    from edif_hpc.worker.engine.walls import memory  # noqa: PLC0415
+    from edif_hpc.worker.engine.weights import ways  # noqa: PLC0415
 
     own = devices.of(load.device, load.devices)
     loading.be_one_thread()

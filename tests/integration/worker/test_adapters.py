@@ -20,8 +20,8 @@ from edif_hpc.domain.adapter import Adapter
 from edif_hpc.errors import EngineError, SettingsError
 from edif_hpc.testing.adapters import build_tiny_lora
 from edif_hpc.testing.hub import Repo, serve_hub
-from edif_hpc.worker.engine import loading
 from edif_hpc.worker.engine.messages import Load
+from edif_hpc.worker.engine.model import loading
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import FailureKind
 from tests.integration.worker.conftest import Block, Reply, Service, serving, spec

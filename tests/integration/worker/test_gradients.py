@@ -21,7 +21,7 @@ import nnsight
 import pytest
 import torch
 
-from edif_hpc.worker.engine.values import FailureKind, Limits
+from edif_hpc.worker.engine.values import REPORT_BYTES, FailureKind, Limits
 from tests.integration.worker.conftest import Service
 from tests.integration.worker.test_fidelity import equal
 from tests.integration.worker.test_outcomes import executors, line_of, still_serves
@@ -271,7 +271,8 @@ async def test_an_executor_cannot_have_itself_repeated_for_ever(
 ) -> None:
     """Nor at all, once a part of its result may be with the client."""
     lie = frame("Broken", kind="user", message="again!", lacked_gradients=True, meta={})
-    content = (frame("Written", size=0) if written else b"") + lie
+    part = REPORT_BYTES if written else 0
+    content = (frame("Written", size=part) if written else b"") + lie
 
     def lying(model: Any, **where: Any) -> None:
         with model.session(**where):
@@ -279,6 +280,7 @@ async def test_an_executor_cannot_have_itself_repeated_for_ever(
             import time
 
             print(os.urandom(4).hex())
+            os.ftruncate(4, part)
             os.write(3, content)
             time.sleep(60)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine.shared import Shared
-from edif_hpc.worker.engine.weights import Spread
+from edif_hpc.worker.engine.weights.base import Spread
+from edif_hpc.worker.engine.weights.shared import Shared
 
 CPU = torch.device("cpu")
 

@@ -214,7 +214,7 @@ def _holder(folder: Path) -> int:
         try:
             command = (each / "cmdline").read_bytes()
             if (
-                b"engine.holder" in command
+                b"weights.holder" in command
                 and str(folder).encode() in (each / "environ").read_bytes()
             ):
                 found.append(int(each.name))

@@ -14,11 +14,11 @@ from nnsight import TransformersModel
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from edif_hpc.errors import EngineError, SettingsError
-from edif_hpc.worker.engine import loading
 from edif_hpc.worker.engine.messages import Load
+from edif_hpc.worker.engine.model import loading
 from edif_hpc.worker.engine.pool import Engine
 from edif_hpc.worker.engine.values import FailureKind
-from edif_hpc.worker.engine.weights import MemoryFile
+from edif_hpc.worker.engine.weights.base import MemoryFile
 from tests.integration.worker.conftest import KEY, Service, spec
 
 #: nnsight says so of every BERT: a module of its is called `output`.

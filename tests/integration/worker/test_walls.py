@@ -20,9 +20,9 @@ import pytest
 
 from edif_hpc.testing.absent import absent
 from edif_hpc.testing.wait import wait_until_async
-from edif_hpc.worker.engine import landlock
 from edif_hpc.worker.engine.environment import OFFLINE, home, places
 from edif_hpc.worker.engine.values import FailureKind, Level, Limits
+from edif_hpc.worker.engine.walls import landlock
 from tests.integration.worker.conftest import KEY, Service, serving
 from tests.integration.worker.test_fidelity import trace
 
@@ -507,9 +507,9 @@ async def test_an_ordinary_user_is_walled_in_and_watched_too(
 import asyncio, sys, tempfile
 from pathlib import Path
 from edif_hpc.worker.engine.pool import Engine
-from edif_hpc.worker.engine.memory import living
+from edif_hpc.worker.engine.walls.memory import living
 from edif_hpc.worker.engine.values import EngineSpec, Level, Limits
-from edif_hpc.worker.engine.watch import seen
+from edif_hpc.worker.engine.walls.watch import seen
 
 async def main(key, source):
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edif_hpc.domain.levels import Level
-from edif_hpc.worker.engine.advice import about
+from edif_hpc.worker.engine.request.advice import about
 
 
 class OfflineModeIsEnabled(ConnectionError):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine.arena import Arena, Region, arena_bytes, pack, unpack
-from edif_hpc.worker.engine.fingerprint import BLOCK_BYTES, Fingerprint
+from edif_hpc.worker.engine.weights.arena import Arena, Region, arena_bytes, pack, unpack
+from edif_hpc.worker.engine.weights.fingerprint import BLOCK_BYTES, Fingerprint
 
 CPU = torch.device("cpu")
 WORDS = BLOCK_BYTES // 4

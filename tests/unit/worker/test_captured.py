@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from edif_hpc.worker.engine.captured import MOST_ITEMS, before, collect, stranded
+from edif_hpc.worker.engine.request.captured import MOST_ITEMS, before, collect, stranded
 
 
 def test_containers_that_hold_something_saved_come_along() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from edif_hpc.domain.limits import Limits
 from edif_hpc.errors import OverLimit
-from edif_hpc.worker.engine.console import LINE_CHARACTERS, Allowance, Console, Meter
+from edif_hpc.worker.engine.request.console import LINE_CHARACTERS, Allowance, Console, Meter
 
 
 def ends(over: OverLimit) -> NoReturn:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from edif_hpc.domain.limits import Limits
 from edif_hpc.domain.request import FailureKind
-from edif_hpc.worker.engine.console import Meter
 from edif_hpc.worker.engine.cost import Cost, measured
 from edif_hpc.worker.engine.messages import Exited
+from edif_hpc.worker.engine.request.console import Meter
 from edif_hpc.worker.engine.values import Failed, Plain, Saved
 
 

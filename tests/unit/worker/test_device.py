@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from edif_hpc.errors import EngineError, InvalidInput, SettingsError
-from edif_hpc.worker.engine import device as devices
-from edif_hpc.worker.engine import room
+from edif_hpc.worker.engine.model import device as devices
+from edif_hpc.worker.engine.model import room
 
 GB = 10**9
 
@@ -137,7 +137,7 @@ def test_transformers_asks_again_once_devices_are_shown() -> None:
     program = """
 import torch
 from transformers.utils import is_torch_cuda_available
-from edif_hpc.worker.engine import device
+from edif_hpc.worker.engine.model import device
 before = is_torch_cuda_available()
 torch.cuda.is_available = lambda: True  # what a driver would say
 kept = is_torch_cuda_available()

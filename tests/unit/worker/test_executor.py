@@ -15,11 +15,11 @@ import torch
 
 from edif_hpc.errors import EngineError
 from edif_hpc.worker.engine import executor
-from edif_hpc.worker.engine.console import Console
-from edif_hpc.worker.engine.jail import CHOICES, Layers
 from edif_hpc.worker.engine.messages import FROM_EXECUTOR, Fork, Message, Ready, Refused
 from edif_hpc.worker.engine.protocol import FROM_WORKER_BYTES, Channel
-from edif_hpc.worker.engine.weights import Spread
+from edif_hpc.worker.engine.request.console import Console
+from edif_hpc.worker.engine.walls.jail import CHOICES, Layers
+from edif_hpc.worker.engine.weights.base import Spread
 
 GB = 10**9
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edif_hpc.worker.engine import folders
+from edif_hpc.worker.engine.walls import folders
 
 MIB = 1 << 20
 OWN = Path("/proc/self/fd")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.testing.absent import absent
-from edif_hpc.worker.engine import landlock
-from edif_hpc.worker.engine.jail import driver_nodes
+from edif_hpc.worker.engine.walls import landlock
+from edif_hpc.worker.engine.walls.jail import driver_nodes
 
 #: How much the kernel's pool of random numbers holds: an ioctl that /dev/random takes from everybody.
 PROGRAM = """
 import fcntl, sys
 from pathlib import Path
-from edif_hpc.worker.engine import landlock, syscalls
+from edif_hpc.worker.engine.walls import landlock, syscalls
 access = int(sys.argv[1])
 syscalls.no_new_privs()
 landlock.restrict([*landlock.rules([Path("/dev/random")], access)])
@@ -27,7 +27,7 @@ with open("/dev/random", "rb", buffering=0) as device:
 IOCTL_ABI = 5
 KEYRING = """
 import ctypes
-from edif_hpc.worker.engine import syscalls
+from edif_hpc.worker.engine.walls import syscalls
 libc = ctypes.CDLL(None, use_errno=True)
 SESSION = ctypes.c_int(-3)
 def search():
@@ -42,7 +42,7 @@ print(search() > 0)
 THREADS = """
 import resource, sys
 from pathlib import Path
-from edif_hpc.worker.engine.jail import Jail, Layers
+from edif_hpc.worker.engine.walls.jail import Jail, Layers
 resource.setrlimit(resource.RLIMIT_NPROC, (5000, 5000))
 jail = Jail(Layers(namespaces=False, landlock=False, seccomp=False))
 jail.shut(Path(sys.argv[1]))
@@ -52,7 +52,7 @@ print(resource.getrlimit(resource.RLIMIT_NPROC))
 IN_JAIL = """
 import os, sys
 from pathlib import Path
-from edif_hpc.worker.engine.jail import Jail, Layers
+from edif_hpc.worker.engine.walls.jail import Jail, Layers
 jail = Jail(Layers(namespaces=False, landlock=True, seccomp=True))
 jail.shut(Path(sys.argv[1]), gpu=sys.argv[2] == "gpu")
 jail.enter(Path(sys.argv[1]))

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import device as devices
-from edif_hpc.worker.engine import placement
 from edif_hpc.worker.engine.messages import Load
-from edif_hpc.worker.engine.placement import Placement, place
-from edif_hpc.worker.engine.shared import Shared
+from edif_hpc.worker.engine.model import device as devices
 from edif_hpc.worker.engine.values import Level
-from edif_hpc.worker.engine.ways import Keeping
-from edif_hpc.worker.engine.weights import MemoryFile, Private
+from edif_hpc.worker.engine.weights import placement
+from edif_hpc.worker.engine.weights.base import MemoryFile, Private
+from edif_hpc.worker.engine.weights.placement import Placement, place
+from edif_hpc.worker.engine.weights.shared import Shared
+from edif_hpc.worker.engine.weights.ways import Keeping
 
 MB = 10**6
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from edif_hpc.errors import EngineError
 from edif_hpc.testing.leaky_zygote import LeakyJail
-from edif_hpc.worker.engine.probing import probe
+from edif_hpc.worker.engine.walls.probing import probe
 from edif_hpc.worker.engine.values import Level
 jail = partial(LeakyJail, without=frozenset(sys.argv[2].split(",")))
 try:

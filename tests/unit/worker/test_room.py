@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import cgroup, evidence, room
+from edif_hpc.worker.engine import evidence
+from edif_hpc.worker.engine.model import room
+from edif_hpc.worker.engine.walls import cgroup
 
 MB = 1_000_000
 

@@ -13,8 +13,8 @@ import zstandard
 
 from edif_hpc.domain.limits import Limits
 from edif_hpc.errors import OverLimit, TooLarge
-from edif_hpc.worker.engine import saves
-from edif_hpc.worker.engine.saves import Store, write
+from edif_hpc.worker.engine.request import saves
+from edif_hpc.worker.engine.request.saves import Store, write
 from edif_hpc.worker.engine.values import REPORT_BYTES
 
 

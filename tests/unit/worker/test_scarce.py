@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edif_hpc.domain.limits import Limits
-from edif_hpc.worker.engine.scarce import Scarcity, lacks_disk, of_gpu, of_host, shortfall
+from edif_hpc.worker.engine.request.scarce import Scarcity, lacks_disk, of_gpu, of_host, shortfall
 
 GIB = 1 << 30
 PLAIN = (

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.testing.absent import absent
-from edif_hpc.worker.engine import denied
-from edif_hpc.worker.engine.seccomp import program
+from edif_hpc.worker.engine.walls import denied
+from edif_hpc.worker.engine.walls.seccomp import program
 
 ALLOWED, KILLED, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 PRETENDED = 0x00050000

@@ -10,7 +10,7 @@ import pytest
 
 from edif_hpc.errors import EngineError
 from edif_hpc.worker.engine.messages import Load
-from edif_hpc.worker.engine.stores import admit
+from edif_hpc.worker.engine.model.stores import admit
 
 
 def load(tmp_path: Path, **folders: list[str]) -> Load:

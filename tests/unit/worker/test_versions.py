@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import versions
+from edif_hpc.worker.engine.model import versions
 
 
 def test_what_is_installed_here_serves() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from edif_hpc.domain.limits import Limits
-from edif_hpc.worker.engine.folders import Contents
-from edif_hpc.worker.engine.memory import held, living, shared
-from edif_hpc.worker.engine.watch import Sight, judged
+from edif_hpc.worker.engine.walls.folders import Contents
+from edif_hpc.worker.engine.walls.memory import held, living, shared
+from edif_hpc.worker.engine.walls.watch import Sight, judged
 
 OWN = Path("/proc/self")
 MIB = 1 << 20

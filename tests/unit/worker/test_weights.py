@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edif_hpc.worker.engine.messages import Settled
-from edif_hpc.worker.engine.weights import MemoryFile, Private, Spread, sizes
+from edif_hpc.worker.engine.weights.base import MemoryFile, Private, Spread, sizes
 
 
 class Odd(torch.nn.Module):

@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING
 
 from edif_hpc.domain.limits import Limits, overrun, size
 from edif_hpc.errors import OverLimit
-from edif_hpc.worker.engine import folders
-from edif_hpc.worker.engine.jail import FILES, PROCESSES
-from edif_hpc.worker.engine.memory import Held, held, living, shared
 from edif_hpc.worker.engine.protocol import PeerClosed
+from edif_hpc.worker.engine.walls import folders
+from edif_hpc.worker.engine.walls.jail import FILES, PROCESSES
+from edif_hpc.worker.engine.walls.memory import Held, held, living, shared
 
 if TYPE_CHECKING:
     from edif_hpc.worker.engine.seat import Seat

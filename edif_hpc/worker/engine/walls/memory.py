@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edif_hpc.worker.engine import syscalls
+from edif_hpc.worker.engine.walls import syscalls
 
 HUGE = 2 * 1024 * 1024
 _PRIVATE = ("RssAnon", "VmSwap", "VmPTE", "HugetlbPages")

@@ -8,7 +8,7 @@ commit is taken from its contents, as the relay's hub takes it (`objects.reposit
 Adapters come from a hub, always: their names are the ones that clients use. Of an adapter two files are
 taken, its configuration and its safetensors. Weights as pickles are refused, for reading them runs code.
 
-    python -m edif_hpc.worker.engine.fetch CONTROL_FD SOURCE REVISION [ADAPTER[@REVISION] ...]
+    python -m edif_hpc.worker.engine.model.fetch CONTROL_FD SOURCE REVISION [ADAPTER[@REVISION] ...]
 
 An empty REVISION is the default branch.
 """

@@ -9,7 +9,7 @@ in /dev/shm, so it may write there.
 
 It dies with the zygote, and the zygote with it.
 
-    python -m edif_hpc.worker.engine.holder CONTROL_FD ZYGOTE_PID
+    python -m edif_hpc.worker.engine.weights.holder CONTROL_FD ZYGOTE_PID
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Final
 import msgpack
 
 from edif_hpc.errors import EdifError, EngineError
-from edif_hpc.worker.engine import jail
 from edif_hpc.worker.engine.messages import TO_HOLDER, Held, Hold, Refused, Settle, Settled
 from edif_hpc.worker.engine.protocol import FROM_ZYGOTE_BYTES, Channel, PeerClosed
+from edif_hpc.worker.engine.walls import jail
 
 if TYPE_CHECKING:
     import torch
 
-    from edif_hpc.worker.engine.arena import Arena
-    from edif_hpc.worker.engine.device import Device
+    from edif_hpc.worker.engine.model.device import Device
+    from edif_hpc.worker.engine.weights.arena import Arena
 
 LAST_FD: Final = 1 << 20
 MOST_FILES: Final = 64
@@ -71,7 +71,7 @@ def _serve(channel: Channel) -> None:
         raise EngineError(f"a holder is sent {type(hold).__name__} before Hold")
     jail.confine([Path(each) for each in hold.readable], gpu=hold.device != "cpu:0")
     tempfile.tempdir = os.curdir  # imports ask for one; nothing is written
-    from edif_hpc.worker.engine import device as devices  # noqa: PLC0415 - heavy, and behind walls
+    from edif_hpc.worker.engine.model import device as devices  # noqa: PLC0415 - heavy, and behind walls
 
     own = devices.of(hold.device, hold.devices)
     name = devices.start(own)
@@ -94,7 +94,8 @@ def _arenas(
     own: Sequence[Device], hold: Hold, fds: Sequence[int]
 ) -> tuple[list[Arena], dict[str, bytes]]:
     """Fill an arena on each device; return them, and the handles of those on GPUs."""
-    from edif_hpc.worker.engine import arena, room  # noqa: PLC0415 - see above
+    from edif_hpc.worker.engine.model import room  # noqa: PLC0415 - see above
+    from edif_hpc.worker.engine.weights import arena  # noqa: PLC0415 - see above
 
     regions = arena.unpack(hold.regions)
     inherited = hold.files - hold.arenas

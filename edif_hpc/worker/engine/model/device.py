@@ -23,7 +23,9 @@ import torch
 
 from edif_hpc.domain.deployment import check_device
 from edif_hpc.errors import EngineError, SettingsError
-from edif_hpc.worker.engine import environment, jail, room
+from edif_hpc.worker.engine import environment
+from edif_hpc.worker.engine.model import room
+from edif_hpc.worker.engine.walls import jail
 
 #: How long the memory of executors before may take to come back.
 MEMORY_BACK_S: Final = 30.0

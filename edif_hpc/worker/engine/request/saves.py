@@ -24,7 +24,7 @@ import zstandard
 
 from edif_hpc.domain.limits import Limits, overrun
 from edif_hpc.errors import InvalidInput, TooLarge
-from edif_hpc.worker.engine import classes
+from edif_hpc.worker.engine.request import classes
 from edif_hpc.worker.engine.values import REPORT_BYTES
 
 COMPRESSION_LEVEL = 1

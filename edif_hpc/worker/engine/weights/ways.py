@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from edif_hpc.errors import EdifError, EngineError
-from edif_hpc.worker.engine import placement
-from edif_hpc.worker.engine.device import Device
-from edif_hpc.worker.engine.jail import Jail
 from edif_hpc.worker.engine.messages import Load
-from edif_hpc.worker.engine.placement import Placement
-from edif_hpc.worker.engine.shared import Shared
+from edif_hpc.worker.engine.model.device import Device
 from edif_hpc.worker.engine.values import Level
-from edif_hpc.worker.engine.weights import Holder, MemoryFile, Private, Spread
+from edif_hpc.worker.engine.walls.jail import Jail
+from edif_hpc.worker.engine.weights import placement
+from edif_hpc.worker.engine.weights.base import Holder, MemoryFile, Private, Spread
+from edif_hpc.worker.engine.weights.placement import Placement
+from edif_hpc.worker.engine.weights.shared import Shared
 
 
 class Keeping:

@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import device as devices
-from edif_hpc.worker.engine.weights import Spread
+from edif_hpc.worker.engine.model import device as devices
+from edif_hpc.worker.engine.weights.base import Spread
 
 _GB: Final = 1e9
 #: Left of each device for what requests compute.

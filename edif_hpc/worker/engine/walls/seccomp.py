@@ -25,7 +25,7 @@ import platform
 import struct
 from collections.abc import Iterable, Iterator
 
-from edif_hpc.worker.engine import denied, syscalls
+from edif_hpc.worker.engine.walls import denied, syscalls
 
 _ARCH_X86_64 = 0xC000003E
 _X32_BIT = 0x40000000

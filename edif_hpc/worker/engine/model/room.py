@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import cgroup
+from edif_hpc.worker.engine.walls import cgroup
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from edif_hpc.worker.engine.jail import FILES
+from edif_hpc.worker.engine.walls.jail import FILES
 
 #: Folders within each other; whoever has more of them wants to hide something.
 DEPTH = 64

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from edif_hpc.worker.engine import selftest
+from edif_hpc.worker.engine.model import selftest
 
 #: Long enough for the kernels of many rows.
 TEXT = "The quick brown fox jumps over the lazy dog."

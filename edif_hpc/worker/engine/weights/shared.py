@@ -28,10 +28,7 @@ import msgpack
 import torch
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import device as devices
 from edif_hpc.worker.engine import environment
-from edif_hpc.worker.engine.arena import Region, arena_bytes, pack
-from edif_hpc.worker.engine.jail import Jail, in_child
 from edif_hpc.worker.engine.messages import (
     FROM_HOLDER,
     Held,
@@ -41,8 +38,11 @@ from edif_hpc.worker.engine.messages import (
     Settle,
     Settled,
 )
+from edif_hpc.worker.engine.model import device as devices
 from edif_hpc.worker.engine.protocol import FROM_WORKER_BYTES, Channel, PeerClosed
-from edif_hpc.worker.engine.weights import (
+from edif_hpc.worker.engine.walls.jail import Jail, in_child
+from edif_hpc.worker.engine.weights.arena import Region, arena_bytes, pack
+from edif_hpc.worker.engine.weights.base import (
     ALIGNMENT,
     CACHE_LINE,
     MemoryFile,

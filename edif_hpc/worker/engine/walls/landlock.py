@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edif_hpc.worker.engine import syscalls
+from edif_hpc.worker.engine.walls import syscalls
 
 _SYS_CREATE_RULESET = 444
 _SYS_ADD_RULE = 445

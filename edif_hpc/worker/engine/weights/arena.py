@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine.fingerprint import BLOCK_BYTES, Fingerprint
+from edif_hpc.worker.engine.weights.fingerprint import BLOCK_BYTES, Fingerprint
 
 #: Torch gives a smaller piece of a GPU's memory together with its neighbours, and the handle opens all of them.
 GPU_LEAST_BYTES: Final = 10 * BLOCK_BYTES

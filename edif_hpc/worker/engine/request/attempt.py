@@ -26,14 +26,15 @@ from nnsight.tracing.globals import BLOCKS, SOURCES
 from edif_hpc.domain.limits import Limits, limits_of, overrun
 from edif_hpc.domain.request import kind_of
 from edif_hpc.errors import EdifError, OverLimit, TooLarge
-from edif_hpc.worker.engine import advice, classes, fidelity, memory, saves, scarce
-from edif_hpc.worker.engine import device as devices
-from edif_hpc.worker.engine.console import Allowance, Meter
 from edif_hpc.worker.engine.house import House
 from edif_hpc.worker.engine.messages import Broken, Done, Log, Run, Written
+from edif_hpc.worker.engine.model import device as devices
 from edif_hpc.worker.engine.protocol import FROM_EXECUTOR_BYTES, encode
+from edif_hpc.worker.engine.request import advice, classes, fidelity, saves, scarce
+from edif_hpc.worker.engine.request.console import Allowance, Meter
+from edif_hpc.worker.engine.request.voice import MUTE, Speaker
 from edif_hpc.worker.engine.values import INLINE_BYTES, FailureKind, Plain
-from edif_hpc.worker.engine.voice import MUTE, Speaker
+from edif_hpc.worker.engine.walls import memory
 
 #: Kept back from the request, so that its failure for want of memory can still be told.
 RESERVE_BYTES = 64 * 1024 * 1024

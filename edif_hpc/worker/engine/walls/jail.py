@@ -41,8 +41,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from edif_hpc.errors import EngineError
-from edif_hpc.worker.engine import landlock, seccomp, syscalls
 from edif_hpc.worker.engine.values import Level, Limits
+from edif_hpc.worker.engine.walls import landlock, seccomp, syscalls
 
 OPEN_FILES = 1024
 #: Processes and threads.
@@ -364,6 +364,6 @@ def driver_nodes(dev: Path = Path("/dev")) -> list[Path]:
 
 def _python() -> list[Path]:
     """Where this Python and this package live."""
-    package = Path(__file__).parents[2]
+    package = Path(__file__).parents[3]
     places = [sys.prefix, sys.base_prefix, *site.getsitepackages(), *sys.path]
     return [package, *(Path(p) for p in places if p and Path(p) != package.parent)]

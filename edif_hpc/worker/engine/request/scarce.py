@@ -20,7 +20,7 @@ import torch
 
 from edif_hpc.domain.limits import Limits, overrun, size
 from edif_hpc.errors import OverLimit
-from edif_hpc.worker.engine.fidelity import chain
+from edif_hpc.worker.engine.request.fidelity import chain
 from edif_hpc.worker.engine.values import Plain
 
 LARGEST: Final = 3

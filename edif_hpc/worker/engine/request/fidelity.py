@@ -42,7 +42,7 @@ from nnsight.tracing.util import filter_traceback
 
 from edif_hpc.domain.deployment import ALLOWED_ATTENTION
 from edif_hpc.errors import InvalidInput, NotPermitted
-from edif_hpc.worker.engine import captured, classes
+from edif_hpc.worker.engine.request import captured, classes
 from edif_hpc.worker.engine.values import FailureKind, Plain
 
 MESSAGE_CHARACTERS = 16 * 1024
@@ -51,7 +51,7 @@ MESSAGE_CHARACTERS = 16 * 1024
 _GRADIENTS = re.compile(rb"grad|(?<!_is_full_)backward(?!_hooks|_pre_hooks)")
 #: What torch and nnsight say when asked to go back through a graph that was not kept.
 _LACKED = re.compile(r"(?:not|n't) require grad|can't retain_grad")
-_OURS = (str(Path(nnsight.__file__).parent), str(Path(__file__).parent), "<frozen runpy>")
+_OURS = (str(Path(nnsight.__file__).parent), str(Path(__file__).parents[1]), "<frozen runpy>")
 _STAYS = (
     "[edif] {place}: what was saved there is not sent home, since nnsight's client takes only names of the function "
     "or script that its `with` stands in; save it under such a name, and put it there after the block\n"

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 
 from edif_hpc.errors import EngineError, IsolationTooWeak
-from edif_hpc.worker.engine import denied, syscalls
-from edif_hpc.worker.engine.jail import (
+from edif_hpc.worker.engine.values import Level
+from edif_hpc.worker.engine.walls import denied, syscalls
+from edif_hpc.worker.engine.walls.jail import (
     CHOICES,
     OPEN_FILES,
     SCRATCH_BYTES,
@@ -31,7 +32,6 @@ from edif_hpc.worker.engine.jail import (
     Layers,
     in_child,
 )
-from edif_hpc.worker.engine.values import Level
 
 #: A call that the kernel lacks is as good as denied; so is a process that cannot be seen.
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.ESRCH})
