@@ -1,6 +1,6 @@
 """Whether a worker that ended is started again in the same allocation. Pure.
 
-A worker that drained, or that the relay refuses, is not. One that died is, after a pause that doubles while it dies young;
+A worker that drained, that the relay refuses, or that is walled in less than its deployment demands, is not. One that died is, after a pause that doubles while it dies young;
 after `MAX_YOUNG_DEATHS` in a row something is wrong that another start does not mend. One whose engine never started died
 young, however long it loaded. Where less walltime is left than `WORTH_S`, the next generation serves sooner.
 """
@@ -16,7 +16,11 @@ YOUNG_S = 60.0
 MAX_PAUSE_S = 30.0
 WORTH_S = 120.0  #: loading, and a request or two
 
-_CAUSES = {WorkerExit.DRAINED: "drained", WorkerExit.REFUSED: "refused by the relay"}
+_CAUSES = {
+    WorkerExit.DRAINED: "drained",
+    WorkerExit.REFUSED: "refused by the relay",
+    WorkerExit.TOO_WEAK: "isolation below the floor",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,9 @@ class WorkerExit(IntEnum):
 
     DRAINED = 0
     REFUSED = 3  #: the relay does not serve this peer; starting again does not help
-    ENGINE_FAILED = 4  #: the model could not be loaded, or the isolation is too weak
+    ENGINE_FAILED = 4  #: the model could not be loaded
     ENGINE_DIED = 5  #: the zygote died; start again
+    TOO_WEAK = 6  #: the isolation that is to be had here is below the deployment's floor; starting again does not help
 
 
 class Reach(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,8 @@ has its blob fetched if it is large, waits for a seat (`executors` of them), an 
 is large, and its `Done` is repeated until the relay has answered. Results stay on scratch until then, so a relay that is
 away for a while costs nothing but time.
 
-The worker ends by itself in four ways, each with its exit code for the pilot (`WorkerExit`): drained, refused by the
-relay, the engine did not start, the engine died.
+The worker ends by itself in five ways, each with its exit code for the pilot (`WorkerExit`): drained, refused by the
+relay, the engine did not start, its isolation is too weak, the engine died.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from edif_hpc.clock import Clock
 from edif_hpc.domain.lease import LeaseEnd
 from edif_hpc.domain.request import FailureKind
-from edif_hpc.errors import EngineError, RemoteProtocolError, Unavailable
+from edif_hpc.errors import EngineError, IsolationTooWeak, RemoteProtocolError, Unavailable
 from edif_hpc.failpoints import Failpoints
 from edif_hpc.slurm.order import WorkerExit
 from edif_hpc.wire import actions as a
@@ -162,7 +162,8 @@ class WorkerRuntime:
         except EngineError as error:
             _log.error("the engine did not start: %s", error, extra={"event": "engine_failed"})
             self._do(self._session.changed("failed", detail=str(error)))
-            self._end(WorkerExit.ENGINE_FAILED)
+            weak = isinstance(error, IsolationTooWeak)
+            self._end(WorkerExit.TOO_WEAK if weak else WorkerExit.ENGINE_FAILED)
             return
         executors = int(deployment.get("executors", 1))
         self._seats = asyncio.Semaphore(executors)

@@ -61,6 +61,13 @@ def test_young_deaths_are_spaced_and_counted(code: int) -> None:
     assert f"5 times in a row (last exit code {code})" in restart.cause
 
 
+def test_weak_isolation_is_no_better_the_second_time() -> None:
+    after = after_exit(
+        Restart(), code=WorkerExit.TOO_WEAK, lived_s=YOUNG, ending="", left_s=10 * OLD
+    )
+    assert after.cause == "isolation below the floor"
+
+
 def test_a_model_that_does_not_load_is_given_up_however_long_it_tries() -> None:
     restart, starts = Restart(), 0
     while restart.cause is None and starts < 100:

@@ -550,12 +550,20 @@ async def test_drain_before_the_relay_answers(start: Start) -> None:
     assert bench.deployed == []
 
 
-@pytest.mark.parametrize("error", [EngineError("no weights"), IsolationTooWeak("only process")])
-async def test_an_engine_that_does_not_start(start: Start, error: EngineError) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (EngineError("no weights"), WorkerExit.ENGINE_FAILED),
+        (IsolationTooWeak("only process"), WorkerExit.TOO_WEAK),
+    ],
+)
+async def test_an_engine_that_does_not_start(
+    start: Start, error: EngineError, code: WorkerExit
+) -> None:
     bench = start(refusal=error)
     await bench.says(m.Hello)
     bench.hear(WELCOME)
-    assert await bench.exit() is WorkerExit.ENGINE_FAILED
+    assert await bench.exit() is code
     last = bench.said(m.State)[-1]
     assert (last.state, last.detail) == ("failed", str(error))
 
