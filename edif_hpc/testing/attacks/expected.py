@@ -269,9 +269,9 @@ NETWORK: Final = (
 )
 
 EXHAUSTION: Final = (
-    case("fork without end", p.forks, "denied|oom denied denied", most=5000),
+    case("fork without end", p.forks, "denied|oom|limit denied denied", most=5000),
     case("keep all processors busy", p.busy, "timeout denied denied", limits="hasty"),
-    case("start threads without end", p.threads, "user|oom", limits="small", most=20_000),
+    case("start threads without end", p.threads, "user|oom|limit", limits="small", most=20_000),
     *(
         case(f"fill memory: {sort}", p.memory, outcomes, limits="small", sort=sort, most=1 << 29)
         for sort, outcomes in {

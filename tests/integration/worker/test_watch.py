@@ -273,7 +273,7 @@ async def test_more_threads_than_anybody_needs(walled: Service) -> None:
     reply = await walled.send(threading_on)
     if isinstance(reply.outcome, Failed):  # nobody counts the processes of root
         assert reply.failed.kind is FailureKind.LIMIT
-        assert "1,024 are allowed" in reply.failed.message
+        assert "the limit is 1,024" in reply.failed.message
     assert (await walled.send(trace)).saved
 
 

@@ -38,10 +38,11 @@ def sight(
         (sight(memory=101 * MIB), "memory_bytes", "100 MiB, set by the token ada"),
         (sight(files=11 * MIB), "scratch_bytes", "11 MiB of temporary files"),
         (sight(memory=101 * MIB, files=11 * MIB), "scratch_bytes", "temporary files"),
-        (sight(count=70_000), "files", "70,000 temporary files; 65,536 are allowed"),
+        (sight(count=70_000), "files", "70,000 temporary files; the limit is 65,536"),
         (sight(complaint="a folder that cannot be read"), "files", "a folder that cannot be read"),
-        (sight(threads=2000), "processes", "2,000 threads and processes; 1,024 are allowed"),
-        (sight(opened=5000), "descriptors", "5,000 open files; 4,096 are allowed"),
+        (sight(threads=2000), "processes", "2,000 threads and processes; the limit is 1,024"),
+        (sight(threads=1024), "processes", "1,024 threads and processes; the limit is 1,024"),
+        (sight(opened=5000), "descriptors", "5,000 open files; the limit is 4,096"),
     ],
 )
 def test_which_limit_was_passed(seen: Sight, limit: str, words: str) -> None:
@@ -53,7 +54,7 @@ def test_which_limit_was_passed(seen: Sight, limit: str, words: str) -> None:
 
 def test_who_keeps_to_the_limits_hears_nothing() -> None:
     assert (
-        judged(sight(memory=100 * MIB, files=10 * MIB, count=65_536, threads=1024), LIMITS) is None
+        judged(sight(memory=100 * MIB, files=10 * MIB, count=65_536, threads=1023), LIMITS) is None
     )
 
 
