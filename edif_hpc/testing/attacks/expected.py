@@ -343,7 +343,7 @@ RESULTS: Final = (
     case(
         "a message without an end",
         p.framed,
-        "user",
+        "crash",
         frame=_frame("Broken", kind="user", message="x" * MIB, lacked_gradients=False, meta={}),
     ),
     case("tell what only others may tell", p.meta_forged, "gone"),
